@@ -1,0 +1,61 @@
+"""Longstride: exact sparse attention for PyTorch at O(T sqrt(T)), from a one-line pattern to a Sparse Transformer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from longstride.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    LongstrideError,
+    PatternError,
+    RecipeError,
+    UnsupportedError,
+)
+from longstride.patterns import (
+    BlockLocal,
+    BlockSparse,
+    Causal,
+    Dilated,
+    Fixed,
+    Full,
+    Global,
+    Local,
+    LogSparse,
+    Pattern,
+    RandomBlocks,
+    Strided,
+    Summary,
+    bigbird,
+    gpt3,
+    layers_to_reach,
+    longformer,
+    mistral,
+    parse,
+    per_head,
+    picture,
+    reach,
+    sparse_transformer_fixed,
+    sparse_transformer_strided,
+)
+
+if TYPE_CHECKING:
+    from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
+
+__version__ = "0.1.0"
+
+_MODEL_NAMES = ("SparseTransformerConfig", "SparseTransformerForCausalLM")
+
+
+def __getattr__(name: str) -> Any:
+    # The model classes need transformers: loaded when first asked for, so that the op needs torch alone.
+    if name in _MODEL_NAMES:
+        from longstride import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module 'longstride' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODEL_NAMES])

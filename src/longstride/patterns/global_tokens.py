@@ -1,0 +1,71 @@
+"""A few positions that read everything and that everything reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from longstride.errors import PatternError
+from longstride.patterns.base import Pattern, whole
+from longstride.patterns.regions import CAUSAL, KeyList, QueryList, Term
+
+
+@dataclass(frozen=True, repr=False)
+class Global(Pattern):
+    """``i`` in tokens or ``j`` in tokens (and ``j <= i``).
+
+    >>> import longstride as ls
+    >>> print(ls.picture(ls.Global((1, 5)), 8))
+    . . . . . . . .
+    # # . . . . . .
+    . # . . . . . .
+    . # . . . . . .
+    . # . . . . . .
+    # # # # # # . .
+    . # . . . # . .
+    . # . . . # . .
+
+    Args:
+        tokens: an int n means the first n positions, a tuple names positions.
+        causal: False lets global queries read later keys, and earlier queries read global keys.
+
+    Source: Longformer; BigBird.
+    """
+
+    tokens: int | tuple[int, ...]
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, int):
+            whole("Global", "tokens", self.tokens, 1)
+            return
+        tokens = self.tokens
+        if not isinstance(tokens, tuple | list) or not tokens:
+            raise PatternError(f"Global(tokens={tokens!r}): tokens must be a whole number or a tuple of positions")
+        for token in tokens:
+            whole("Global", "token", token, 0)
+        object.__setattr__(self, "tokens", tuple(sorted(set(tokens))))
+
+    def positions(self) -> tuple[int, ...]:
+        """The global positions, ascending."""
+        return tuple(range(self.tokens)) if isinstance(self.tokens, int) else self.tokens
+
+    def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        tokens = self.positions()
+        allowed = QueryList(tokens).allows(i, j) | KeyList(tokens).allows(i, j)
+        return allowed & (j <= i) if self.causal else allowed
+
+    @property
+    def is_causal(self) -> bool:
+        return self.causal
+
+    def retained(self, next_position: int) -> torch.Tensor:
+        j, tokens = torch.arange(next_position), self.positions()
+        # A global query that is still to come reads everything before it.
+        return torch.ones_like(j, dtype=torch.bool) if tokens[-1] >= next_position else KeyList(tokens).allows(j, j)
+
+    def terms(self) -> tuple[Term, ...]:
+        cut = (CAUSAL,) if self.causal else ()
+        tokens = self.positions()
+        return Term.of(QueryList(tokens), *cut), Term.of(KeyList(tokens), *cut)
