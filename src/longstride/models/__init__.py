@@ -1,0 +1,26 @@
+"""The Sparse Transformer in the Hugging Face conventions.
+
+Importing this package registers the model type ``sparse_transformer`` with transformers' ``AutoConfig``, ``AutoModel``
+and ``AutoModelForCausalLM``. ``import longstride`` alone does not, since it does not load transformers; the first use
+of ``longstride.SparseTransformerConfig`` or ``longstride.SparseTransformerForCausalLM`` does.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from longstride.models.configuration import SparseTransformerConfig
+from longstride.models.modeling import SparseTransformerForCausalLM, SparseTransformerModel
+from longstride.models.schedule import layer_patterns
+from longstride.models.summary import ParameterCount, parameter_count
+
+AutoConfig.register(SparseTransformerConfig.model_type, SparseTransformerConfig, exist_ok=True)
+AutoModel.register(SparseTransformerConfig, SparseTransformerModel, exist_ok=True)
+AutoModelForCausalLM.register(SparseTransformerConfig, SparseTransformerForCausalLM, exist_ok=True)
+
+__all__ = [
+    "ParameterCount",
+    "SparseTransformerConfig",
+    "SparseTransformerForCausalLM",
+    "SparseTransformerModel",
+    "layer_patterns",
+    "parameter_count",
+]

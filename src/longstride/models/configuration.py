@@ -1,0 +1,165 @@
+"""The configuration of a Sparse Transformer: everything that its mathematics needs, saved with the weights."""
+
+import math
+from dataclasses import field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from longstride.errors import ArgumentError
+from longstride.models.schedule import pattern_stride, read_patterns, tables_to_json
+from longstride.nn import default_axes
+from longstride.patterns import Pattern
+
+
+class SparseTransformerConfig(PreTrainedConfig):
+    """What a :class:`SparseTransformerForCausalLM` is built from. The defaults are the paper's enwik8 model in size.
+
+    The attention patterns are part of the configuration, as text, so a saved model comes back with them from a plain
+    ``from_pretrained``; ``attn_implementation`` does not change them.
+
+    Args:
+        vocab_size: number of tokens; 256 for bytes.
+        hidden_size: model width d.
+        num_hidden_layers: number of residual blocks N.
+        num_attention_heads: heads; must divide hidden_size and qk_hidden_size.
+        max_position_embeddings: longest sequence, in tokens.
+        patterns: pattern texts (or patterns), cycled over the layers; one text stands for a list of one.
+            ``["Local(128)", "Strided(128)"]`` alternates, ``"Local(128) | Strided(128)"`` merges,
+            ``"per_head(Local(128), Strided(128))"`` splits the heads. All must be causal.
+        pattern_tables: the tables that BlockSparse patterns name, bool[(heads,) query blocks, key blocks], as tensors,
+            nested lists or row texts; kept as row texts, ``{"table_0123456789ab": ["10", "11"]}``, named by their
+            content. Patterns that are given as values bring theirs along.
+        intermediate_size: width of the feed-forward network; 4 * hidden_size unless given.
+        qk_hidden_size: width of queries and keys, all heads together; hidden_size unless given.
+        position_axes: sizes of the position embeddings' axes, slowest first, for example (32, 32, 3) for the rows,
+            columns and channels of an image; their product is at least max_position_embeddings. Unless given,
+            (ceil(max_position_embeddings / stride), stride) with the patterns' first stride (or block).
+        dropout: probability of dropping an element of a branch where it is added to the residual stream.
+        layer_norm_eps: added to the variance in the layer norms.
+        initializer_scale: weights start with standard deviation initializer_scale / sqrt(fan-in).
+        attention_backend: backend of :func:`longstride.attention` by name; None takes the fastest that supports the
+            request. Saved like the rest: give ``attention_backend=None`` to ``from_pretrained`` where a named backend
+            is not available.
+        tie_word_embeddings: use the token embeddings as logit weights. Off in the paper, whose logit weights
+            start at zero.
+        use_cache: kept off; generation recomputes the whole sequence for every token.
+        bos_token_id, eos_token_id, pad_token_id: as everywhere in transformers; None unless given.
+
+    Raises:
+        ArgumentError: a value is out of range or does not fit another.
+        PatternError: a pattern text is not legal, looks ahead, does not split over the heads, or does not serve every
+            length up to max_position_embeddings.
+
+    Source: Child, Gray, Radford, Sutskever 2019, sections 5 and 6.
+    """
+
+    model_type = "sparse_transformer"
+
+    vocab_size: int = 256
+    hidden_size: int = 512
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 12288
+    patterns: list[str] | str = field(default_factory=lambda: ["Local(128)", "Strided(128)"])
+    pattern_tables: dict[str, list] | None = None
+    intermediate_size: int | None = None
+    qk_hidden_size: int | None = None
+    position_axes: list[int] | None = None
+    dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_scale: float = 0.125
+    attention_backend: str | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.resolve()
+        super().__post_init__(**kwargs)
+
+    def resolve(self) -> None:
+        """Fill in what was left to be derived and check everything; models call it again before they are built.
+
+        Raises:
+            ArgumentError, PatternError: as the class says.
+        """
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            _check_count(name, getattr(self, name))
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.qk_hidden_size is None:
+            self.qk_hidden_size = self.hidden_size
+        for name in ("intermediate_size", "qk_hidden_size"):
+            _check_count(name, getattr(self, name))
+        for name in ("hidden_size", "qk_hidden_size"):
+            width, heads = getattr(self, name), self.num_attention_heads
+            if width % heads:
+                raise ArgumentError(
+                    f"{name}={width} is not divisible by num_attention_heads={heads}: take a multiple of {heads}, "
+                    f"such as {max(1, width // heads) * heads}"
+                )
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ArgumentError(f"dropout={self.dropout!r}: it must be a number from 0 up to, but not including, 1")
+        for name in ("layer_norm_eps", "initializer_scale"):
+            value = getattr(self, name)
+            if not _is_number(value) or not value > 0:
+                raise ArgumentError(f"{name}={value!r}: it must be a number greater than 0")
+        if self.attention_backend is not None and not isinstance(self.attention_backend, str):
+            raise ArgumentError(
+                f"attention_backend={self.attention_backend!r}: give a backend's name, such as 'torch', or None to "
+                "choose automatically"
+            )
+        self._resolve_position_axes(self._resolve_patterns())
+
+    def _resolve_patterns(self) -> tuple[Pattern, ...]:
+        given = [self.patterns] if isinstance(self.patterns, (str, Pattern)) else list(self.patterns or ())
+        wrong = [entry for entry in given if not isinstance(entry, (str, Pattern))]
+        if not given or wrong:
+            raise ArgumentError(
+                f"patterns={self.patterns!r}: give at least one pattern text, such as ['Local(128)', 'Strided(128)']"
+            )
+        tables = tables_to_json(self.pattern_tables or {})
+        for pattern in given:
+            if isinstance(pattern, Pattern):
+                tables |= tables_to_json(pattern.tables())
+        cycle = read_patterns(
+            [str(pattern) for pattern in given], tables, self.num_attention_heads, self.max_position_embeddings
+        )
+        # Kept as the patterns write themselves, so that equal patterns make equal configurations.
+        self.patterns = [str(pattern) for pattern in cycle]
+        self.pattern_tables = {name: rows for p in cycle for name, rows in tables_to_json(p.tables()).items()} or None
+        return cycle
+
+    def _resolve_position_axes(self, cycle: tuple[Pattern, ...]) -> None:
+        axes = self.position_axes
+        if axes is None:
+            axes = default_axes(self.max_position_embeddings, pattern_stride(cycle))
+        axes = [axes] if isinstance(axes, int) else list(axes)
+        if not axes:
+            raise ArgumentError("position_axes=[]: give at least one axis, or None to derive them from the patterns")
+        for position, axis in enumerate(axes):
+            _check_count(f"position_axes[{position}]", axis)
+        if math.prod(axes) < self.max_position_embeddings:
+            raise ArgumentError(
+                f"position_axes={axes} cover {math.prod(axes)} positions, fewer than max_position_embeddings="
+                f"{self.max_position_embeddings}: enlarge an axis, or give None to derive them"
+            )
+        self.position_axes = axes
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name}={value!r}: it must be a whole number of at least 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

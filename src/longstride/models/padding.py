@@ -1,0 +1,88 @@
+"""Padded batches, exactly: every row is computed as if it stood alone.
+
+A pattern counts positions, so a row that begins with padding would be cut at the wrong phase. Each row is therefore
+rolled left until its first real token stands at position 0; all padding then lies on the right, where no causal
+pattern looks, and the result is rolled back.
+"""
+
+import torch
+from torch import Tensor
+
+from longstride.errors import ArgumentError
+
+
+class RowShift:
+    """How far each row of a padded batch is rolled so that its content starts at position 0.
+
+    Args:
+        attention_mask: bool, int or float[batch, length]; nonzero where the token is real. The real tokens of a row
+            stand together: padding on the left, on the right or on both sides. A row may be padding altogether.
+        batch: rows of the batch.
+        length: tokens of a row, padding included.
+
+    Raises:
+        ArgumentError: the mask has another shape, or a row has padding between real tokens.
+    """
+
+    def __init__(self, attention_mask: Tensor, batch: int, length: int) -> None:
+        if attention_mask.shape != (batch, length):
+            raise ArgumentError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: it must be [batch, length] = "
+                f"{(batch, length)} and say which tokens are real; what attends to what is in config.patterns"
+            )
+        real = attention_mask != 0
+        # argmax takes the first of equals: the first real token, and 0 in a row of padding.
+        self.first = real.int().argmax(dim=1)
+        self.real = self.roll(real)
+        holes = self.real[:, 1:] & ~self.real[:, :-1]
+        _check(
+            ~holes.any(),
+            "attention_mask has padding between the real tokens of a row: real tokens must stand together; pad on the "
+            "left to generate, on the left or the right to score",
+        )
+
+    def roll(self, rows: Tensor) -> Tensor:
+        """Move every row's content to position 0; rows[batch, length, ...] to the same shape."""
+        return self._gather(rows, self.first)
+
+    def unroll(self, rows: Tensor) -> Tensor:
+        """Move every row's content back to where the mask has it."""
+        return self._gather(rows, -self.first)
+
+    def _gather(self, rows: Tensor, shift: Tensor) -> Tensor:
+        batch, length = rows.shape[:2]
+        source = (torch.arange(length, device=rows.device) + shift[:, None]) % length
+        return rows[torch.arange(batch, device=rows.device)[:, None], source]
+
+
+def check_positions(position_ids: Tensor, batch: int, length: int, shift: RowShift | None) -> None:
+    """Raise unless position_ids, int[batch or 1, length], count 0, 1, 2, ... from each row's first real token.
+
+    Args:
+        shift: where the real tokens stand; None when all are real. What stands at padding does not matter.
+
+    Raises:
+        ArgumentError: another shape, or other positions.
+    """
+    if position_ids.shape not in ((batch, length), (1, length)):
+        raise ArgumentError(
+            f"position_ids has shape {tuple(position_ids.shape)}: it must be [batch, length] = {(batch, length)}"
+        )
+    counted = torch.arange(length, device=position_ids.device)
+    if shift is None:
+        agree = position_ids == counted
+    else:
+        agree = (shift.roll(position_ids.expand(batch, length)) == counted) | ~shift.real
+    _check(
+        agree.all(),
+        "position_ids must count 0, 1, 2, ... from each row's first real token, because patterns do: leave them out, "
+        "and give packed sequences a row each",
+    )
+
+
+def _check(condition: Tensor, message: str) -> None:
+    if torch.compiler.is_compiling():
+        # Reading the value would break the graph; the assertion runs on the device.
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ArgumentError(message)

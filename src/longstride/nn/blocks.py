@@ -1,0 +1,45 @@
+"""Residual blocks: how attention and feed-forward are added to the residual stream."""
+
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """The paper's pre-norm residual block; [B, T, d] to [B, T, d].
+
+    ::
+
+        a(H) = dropout(attention(norm(H)))
+        b(H) = dropout(feed_forward(norm(H + a(H))))
+        H + a(H) + b(H)
+
+    Dropout falls on the two additions and nowhere else.
+
+    Args:
+        attention: maps [B, T, d] to [B, T, d].
+        feed_forward: maps [B, T, d] to [B, T, d].
+        hidden_size: d.
+        dropout: probability that an element of a branch is dropped in training.
+        norm_eps: added to the variance in the layer norms.
+
+    Source: Child et al. 2019, section 5.2.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        *,
+        hidden_size: int,
+        dropout: float = 0.0,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.attention = attention
+        self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.feed_forward = feed_forward
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden)))
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
