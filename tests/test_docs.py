@@ -60,7 +60,7 @@ def test_readme_lists_every_pattern() -> None:
     table = (ROOT / "README.md").read_text()
     patterns = [
         name
-        for name in longstride.__all__
+        for name in dir(longstride)
         if isinstance(value := getattr(longstride, name), type)
         and issubclass(value, longstride.Pattern)
         and value is not longstride.Pattern

@@ -1,0 +1,7 @@
+"""Pictures: patterns in a terminal and as PNG, schedules of patterns over layers, loss curves."""
+
+from longstride.plotting.loss import plot_loss
+from longstride.plotting.pictures import plot_family, plot_pattern, plot_schedule
+from longstride.plotting.terminal import draw_terminal
+
+__all__ = ["draw_terminal", "plot_family", "plot_loss", "plot_pattern", "plot_schedule"]
