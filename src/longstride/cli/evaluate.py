@@ -1,0 +1,59 @@
+"""``longstride evaluate``: bits per byte, with the context that every prediction had."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The output folder of `longstride train`, or a saved model's folder.")],
+    data: Annotated[Path | None, typer.Option(help="Measure on this file or folder instead, all of it.")] = None,
+    split: Annotated[str, typer.Option(help="The part of the run's data: test, validation or train.")] = "test",
+    min_context: Annotated[
+        int | None,
+        typer.Option(help="Count only bytes with at least so many earlier bytes in their window; half the context."),
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Read only so many bytes, to take less time.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows that go through the model at once.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure how well a model predicts text that it has not seen.
+
+    The figure is in bits per byte: 8 is guessing, lower is better. Beside it stand two yardsticks for the same bytes:
+    their frequencies alone (order-0 entropy), and the compressor `xz -9e`.
+    """
+    from longstride.cli.saved import load_model
+    from longstride.data import SPLITS, PreparedData, open_source
+    from longstride.errors import ArgumentError
+    from longstride.training import RunFolder, resolve_device
+    from longstride.training import evaluate as measure
+
+    if split not in SPLITS:
+        raise ArgumentError(f"--split {split}: it must be one of {', '.join(SPLITS)}")
+    if max_bytes is not None and max_bytes < 2:
+        raise ArgumentError(f"--max-bytes {max_bytes}: it must be at least 2")
+    if batch_size < 1:
+        raise ArgumentError(f"--batch-size {batch_size}: it must be at least 1")
+    model = load_model(run, resolve_device(device))
+    context = model.config.max_position_embeddings
+    if data is not None:
+        text, name = open_source(data).read(max_bytes), str(data)
+    elif RunFolder(run).data.exists():
+        text, name = PreparedData.open(RunFolder(run).data).split(split)[:max_bytes], f"the {split} split of {run}"
+    else:
+        raise ArgumentError(f"{run} has no data of its own: name some with --data")
+    if not json_output:
+        typer.echo(f"Evaluating on {len(text):,} bytes of {name}.")
+    evaluation = measure(
+        model,
+        text,
+        context=context,
+        min_context=context // 2 if min_context is None else min_context,
+        batch_size=batch_size,
+        progress=True,
+    )
+    typer.echo(json.dumps(dataclasses.asdict(evaluation), indent=2) if json_output else str(evaluation))

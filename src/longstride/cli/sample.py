@@ -1,0 +1,53 @@
+"""``longstride sample``: text from a model, shown while it is drawn."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="The output folder of `longstride train`, or a saved model's folder.")],
+    prompt: Annotated[
+        str, typer.Option(help="Text to continue; without it the sample starts as a new line does.")
+    ] = "",
+    length: Annotated[int, typer.Option(help="Bytes to add.")] = 400,
+    temperature: Annotated[
+        float, typer.Option(help="Below 1 safer, above 1 wilder; 0 takes the likeliest byte each time.")
+    ] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest bytes only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the fewest bytes whose probabilities sum to p.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same sample.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+) -> None:
+    """Let a model write, from a prompt or from nothing.
+
+    The text appears as it is drawn, after the prompt. When prompt and sample are longer than the model's context, the
+    model goes on from the latest bytes that fit.
+    """
+    import torch
+
+    from longstride.cli.saved import load_model
+    from longstride.errors import ArgumentError
+    from longstride.generation import as_text, sample_bytes
+    from longstride.training import resolve_device
+
+    if not 0 <= seed < 2**63:
+        raise ArgumentError(f"--seed {seed}: it must be from 0 to 2^63 - 1")
+    model = load_model(run, resolve_device(device))
+    pieces = sample_bytes(
+        model,
+        # A terminal may hand over bytes that are not UTF-8; they are bytes like any others here.
+        prompt.encode(errors="surrogateescape"),
+        length,
+        generator=torch.Generator().manual_seed(seed),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    typer.echo(prompt, nl=False)
+    for text in as_text(pieces):
+        typer.echo(text, nl=False)
+    typer.echo()

@@ -1,0 +1,75 @@
+"""Windows of a split as data sets for PyTorch: item i depends on i (and a seed) alone.
+
+There is no sampler state to save: a training that goes on at window i of the sequence sees exactly the windows that
+it would have seen without the interruption.
+"""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from longstride.errors import ArgumentError
+
+
+class RandomWindows(Dataset[dict[str, torch.Tensor]]):
+    """``count`` windows of ``length`` bytes, each starting at a position drawn uniformly by a hash of (seed, index).
+
+    Args:
+        split: uint8[bytes], usually a memory map.
+        length: bytes in a window.
+        count: windows in the data set: steps times batch size.
+        seed: another seed gives other windows.
+
+    Each item is ``{"input_ids": int64[length], "labels": int64[length]}``; the model shifts the labels itself.
+    """
+
+    def __init__(self, split: np.ndarray, length: int, count: int, seed: int) -> None:
+        if len(split) < length:
+            raise ArgumentError(f"a window of {length:,} bytes does not fit into {len(split):,} bytes")
+        self.split = split
+        self.length = length
+        self.count = count
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def start(self, index: int) -> int:
+        """The first byte of window ``index``."""
+        # Philox is a hash of (key, counter), and NumPy guarantees its raw stream from version to version.
+        draw = int(np.random.Philox(key=self.seed, counter=index).random_raw())
+        return draw % (len(self.split) - self.length + 1)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        start = self.start(index)
+        return _item(self.split[start : start + self.length])
+
+
+class EvenWindows(Dataset[dict[str, torch.Tensor]]):
+    """At most ``count`` windows of ``length`` bytes, spread evenly over a split: the same ones at every evaluation.
+
+    A split with room for fewer than ``count`` windows side by side gives those.
+    """
+
+    def __init__(self, split: np.ndarray, length: int, count: int) -> None:
+        if len(split) < length:
+            raise ArgumentError(f"a window of {length:,} bytes does not fit into {len(split):,} bytes")
+        self.split = split
+        self.length = length
+        self.count = min(count, len(split) // length)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        start = index * (len(self.split) - self.length) // max(self.count - 1, 1)
+        return _item(self.split[start : start + self.length])
+
+
+def _item(window: np.ndarray) -> dict[str, torch.Tensor]:
+    input_ids = torch.from_numpy(window.astype(np.int64))
+    return {"input_ids": input_ids, "labels": input_ids}

@@ -1,0 +1,24 @@
+"""Training: recipes, Hugging Face's Trainer with atomic checkpoints and exact resuming, and the evaluation."""
+
+from longstride.training.checkpoints import latest_sound
+from longstride.training.curve import read_curve
+from longstride.training.evaluation import Evaluation, evaluate
+from longstride.training.folder import RunFolder
+from longstride.training.recipe import Recipe, parse_assignments, read_recipe
+from longstride.training.run import TrainingResult, check_precision, model_config, resolve_device, train
+
+__all__ = [
+    "Evaluation",
+    "Recipe",
+    "RunFolder",
+    "TrainingResult",
+    "check_precision",
+    "evaluate",
+    "latest_sound",
+    "model_config",
+    "parse_assignments",
+    "read_curve",
+    "read_recipe",
+    "resolve_device",
+    "train",
+]

@@ -1,0 +1,155 @@
+"""Bits per byte with a stated minimum context, beside what simple compressors need for the same bytes.
+
+A byte counts once, in a window where at least ``min_context`` bytes stand before it. Windows overlap accordingly: a
+larger minimum is a stricter, slower and usually better figure (Child et al. 2019, table 3).
+"""
+
+import lzma
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from longstride.errors import ArgumentError, DataError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Args:
+        bits_per_byte: mean of -log2 p(byte) over the counted bytes.
+        counted_bytes: how many bytes that are.
+        min_context, max_context: the fewest and the most bytes that any prediction looked back over.
+        order0_bits_per_byte: entropy of the counted bytes' own frequencies.
+        xz_bits_per_byte: 8 * size after ``xz -9e`` / size.
+        elapsed_s: seconds that the model took.
+    """
+
+    bits_per_byte: float
+    counted_bytes: int
+    min_context: int
+    max_context: int
+    order0_bits_per_byte: float
+    xz_bits_per_byte: float
+    elapsed_s: float
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"{self.bits_per_byte:.4f} bits per byte over {self.counted_bytes:,} bytes, each predicted from "
+                f"{self.min_context:,} to {self.max_context:,} earlier bytes",
+                f"{self.order0_bits_per_byte:.4f} for the same bytes by their frequencies alone (order-0 entropy)",
+                f"{self.xz_bits_per_byte:.4f} for the same bytes by xz -9e",
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Span:
+    """A window: inputs ``start`` to ``start + length``; the predictions from input ``first`` on are counted."""
+
+    start: int
+    length: int
+    first: int
+
+
+def spans(total: int, context: int, min_context: int) -> Iterator[Span]:
+    """Windows in which every byte from number ``min_context`` on is predicted, and counted, exactly once.
+
+    Input i of a window predicts the byte after it from i + 1 bytes of context.
+
+    Args:
+        total: bytes of the text.
+        context: the most inputs in a window.
+        min_context: at least so many inputs before a counted prediction, itself included.
+    """
+    predicted = min_context
+    while predicted < total:
+        length = min(context, total - 1)
+        # The last window ends with the text, and so do windows after the first give each byte its context.
+        start = min(predicted - min_context, total - 1 - length)
+        yield Span(start, length, first=predicted - start - 1)
+        predicted = start + length + 1
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: np.ndarray,
+    *,
+    context: int,
+    min_context: int,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a model on a text.
+
+    Args:
+        model: maps int64[batch, length] to ``.logits`` float[batch, length, 256].
+        data: uint8[bytes].
+        context: the model's longest input, in bytes.
+        min_context: 1 to ``context``, in bytes.
+        batch_size: windows that go through the model at once.
+        progress: show a bar on a terminal.
+
+    Raises:
+        ArgumentError: a minimum that the model cannot have.
+        DataError: no byte of the text has so much context.
+    """
+    if not 1 <= min_context <= context:
+        raise ArgumentError(f"--min-context {min_context}: it must be from 1 to the model's context, {context}")
+    if len(data) <= min_context:
+        raise DataError(
+            f"{len(data):,} bytes are too few to evaluate: no byte has {min_context:,} others before it; give more "
+            "data or a smaller --min-context"
+        )
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    began = time.monotonic()
+    windows = list(spans(len(data), context, min_context))
+    nats, counted = 0.0, 0
+    batches = range(0, len(windows), batch_size)
+    for first in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None if progress else True):
+        batch = windows[first : first + batch_size]
+        # [batch, length + 1]; all windows are equally long.
+        read = np.stack([data[span.start : span.start + span.length + 1] for span in batch]).astype(np.int64)
+        tokens = torch.from_numpy(read).to(device)
+        logits = model(input_ids=tokens[:, :-1]).logits.float()
+        losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        position = torch.arange(losses.shape[1], device=device)
+        counts = position >= torch.tensor([span.first for span in batch], device=device)[:, None]
+        nats += losses[counts].double().sum().item()
+        counted += int(counts.sum())
+    model.train(was_training)
+    elapsed_s = time.monotonic() - began
+    counted_data = np.asarray(data[min_context:])
+    assert counted == len(counted_data)
+    return Evaluation(
+        bits_per_byte=nats / counted / math.log(2),
+        counted_bytes=counted,
+        min_context=min_context,
+        max_context=min(context, len(data) - 1),
+        order0_bits_per_byte=order0_entropy(counted_data),
+        xz_bits_per_byte=xz_bits_per_byte(counted_data),
+        elapsed_s=elapsed_s,
+    )
+
+
+def order0_entropy(data: np.ndarray) -> float:
+    """-sum_b p(b) log2 p(b), with p the frequencies of the bytes in ``data``, uint8[bytes]; in bits per byte."""
+    counts = np.bincount(data, minlength=256)
+    p = counts[counts > 0] / len(data)
+    return float(-(p * np.log2(p)).sum())
+
+
+def xz_bits_per_byte(data: np.ndarray) -> float:
+    """What ``xz -9e`` needs for ``data``, uint8[bytes]; in bits per byte."""
+    return 8 * len(lzma.compress(data.tobytes(), preset=9 | lzma.PRESET_EXTREME)) / len(data)

@@ -1,0 +1,377 @@
+"""A recipe: every value that decides what a training run does, as frozen dataclasses, a YAML file, or overrides.
+
+``Recipe()`` is the default; ``recipes/bytes-small.yaml`` spells it out. A YAML file names only what differs. A dotted
+key such as ``model.hidden_size`` names one value on the command line and in error messages.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from longstride.errors import PatternError, RecipeError
+from longstride.patterns import parse
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What is learnt.
+
+    Args:
+        path: a file or folder, read as bytes; None for the source of Python's standard library on this machine.
+        context: bytes in a training window, and the most that the model can look back over.
+    """
+
+    path: str | None = None
+    context: int = 1024
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The Sparse Transformer, in the terms of `SparseTransformerConfig`.
+
+    Args:
+        patterns: pattern texts, cycled over the layers.
+        intermediate_size: width of the feed-forward network; None for 4 * hidden_size.
+        qk_hidden_size: width of queries and keys, all heads together; None for hidden_size.
+        attention_backend: a backend of `longstride.attention` by name; None for the fastest that fits.
+    """
+
+    patterns: tuple[str, ...] = ("Local(32) | Strided(32)",)
+    hidden_size: int = 192
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    intermediate_size: int | None = None
+    qk_hidden_size: int | None = None
+    dropout: float = 0.0
+    initializer_scale: float = 0.125
+    tie_word_embeddings: bool = False
+    attention_backend: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """AdamW, with gradients clipped to a norm. The defaults but for the learning rate are those of the paper, sec. 7.
+
+    Args:
+        learning_rate: the peak, reached at the end of the warm-up.
+    """
+
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    """How long and with how much at a time: a linear warm-up, then a cosine down to zero at ``steps``.
+
+    Args:
+        steps: updates of the weights.
+        batch_size: windows that go through the model at once.
+        gradient_accumulation_steps: batches that one update sums over.
+    """
+
+    steps: int = 600
+    warmup_steps: int = 60
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """How the training is run: machine, seed, what is written how often (in steps).
+
+    Args:
+        device: ``auto`` (CUDA or MPS where there is one), ``cpu``, ``cuda`` or ``mps``.
+        precision: ``fp32``, ``bf16`` or ``fp16`` (the latter two by autocast).
+        validation_windows: windows of the validation split that each periodic evaluation reads.
+        keep_checkpoints: how many of the newest are kept.
+        time_limit_s: stop after so many seconds of training in this process; None for no limit.
+        gradient_checkpointing: recompute each block in the backward pass, to save memory.
+        tensorboard: write event files too.
+    """
+
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    log_every: int = 10
+    evaluate_every: int = 100
+    validation_windows: int = 32
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    time_limit_s: float | None = None
+    gradient_checkpointing: bool = False
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """The evaluation on the test split after the training.
+
+    Args:
+        min_context: bytes that must stand before a byte in its window for its prediction to count; None for half
+            the context.
+        max_bytes: how much of the test split to read; None for all.
+    """
+
+    min_context: int | None = None
+    max_bytes: int | None = 262_144
+
+
+@dataclass(frozen=True)
+class SampleRecipe:
+    """The samples after the training; see `longstride.generation` for the meaning of the values.
+
+    Args:
+        prompt: text to continue; empty for the model's own beginning of a line.
+        length_bytes: bytes that each sample adds.
+        count: samples, with the seeds ``run.seed``, ``run.seed + 1``, ...
+    """
+
+    prompt: str = ""
+    length_bytes: int = 300
+    count: int = 2
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+# What may differ when a run goes on: none of these changes the curve up to where the run stands.
+CHANGEABLE = ("schedule.steps", "run.device", "run.keep_checkpoints", "run.time_limit_s", "run.tensorboard")
+CHANGEABLE_SECTIONS = ("evaluation.", "sample.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of a training run. Raises RecipeError for a value that cannot work."""
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    run: RunRecipe = field(default_factory=RunRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    sample: SampleRecipe = field(default_factory=SampleRecipe)
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "data.context", "model.hidden_size", "model.num_hidden_layers", "model.num_attention_heads",
+            "model.intermediate_size", "model.qk_hidden_size",
+            "schedule.steps", "schedule.batch_size", "schedule.gradient_accumulation_steps", "run.log_every",
+            "run.evaluate_every", "run.validation_windows", "run.checkpoint_every", "run.keep_checkpoints",
+            "evaluation.min_context", "evaluation.max_bytes", "sample.top_k",
+        )  # fmt: skip
+        not_negative = (
+            "schedule.warmup_steps", "run.seed", "optimizer.weight_decay", "optimizer.max_grad_norm",
+            "sample.length_bytes", "sample.count", "sample.temperature", "run.time_limit_s",
+        )  # fmt: skip
+        for key, value in self.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(f"{key} is {value}: it must be a finite number")
+            if key in at_least_one and value is not None and value < 1:
+                raise RecipeError(f"{key} is {value}: it must be at least 1")
+            if key in not_negative and value is not None and value < 0:
+                raise RecipeError(f"{key} is {value}: it must not be negative")
+        for key, low, high in (
+            ("model.dropout", 0.0, 1.0),
+            ("optimizer.adam_beta1", 0.0, 1.0),
+            ("optimizer.adam_beta2", 0.0, 1.0),
+        ):
+            value = self.value(key)
+            if not low <= value < high:
+                raise RecipeError(f"{key} is {value}: it must be at least {low:g} and below {high:g}")
+        for key in ("optimizer.learning_rate", "model.initializer_scale"):
+            if self.value(key) <= 0:
+                raise RecipeError(f"{key} is {self.value(key)}: it must be above 0")
+        if self.sample.top_p is not None and not 0 < self.sample.top_p <= 1:
+            raise RecipeError(f"sample.top_p is {self.sample.top_p}: it must be above 0 and at most 1")
+        for key, allowed in (("run.precision", PRECISIONS), ("run.device", DEVICES)):
+            if self.value(key) not in allowed:
+                raise RecipeError(f"{key} is {self.value(key)!r}: it must be one of {', '.join(allowed)}")
+        if self.data.context < 2:
+            raise RecipeError("data.context is 1: a byte needs at least one byte before it, so it must be at least 2")
+        if self.min_context > self.data.context:
+            raise RecipeError(
+                f"evaluation.min_context is {self.min_context}: it must be at most data.context, {self.data.context}"
+            )
+        if not self.model.patterns:
+            raise RecipeError("model.patterns is empty: name at least one pattern, such as 'Local(32) | Strided(32)'")
+        for text in self.model.patterns:
+            try:
+                pattern = parse(text)
+            except PatternError as error:
+                raise RecipeError(f"model.patterns: {error}") from error
+            if not pattern.is_causal:
+                raise RecipeError(f"model.patterns: {text} lets a byte see later bytes: use a causal pattern")
+
+    @property
+    def min_context(self) -> int:
+        """The resolved `EvaluationRecipe.min_context`, in bytes."""
+        if self.evaluation.min_context is None:
+            return self.data.context // 2
+        return self.evaluation.min_context
+
+    def items(self) -> Iterator[tuple[str, typing.Any]]:
+        """(dotted key, value), in the order of the file."""
+        for section in dataclasses.fields(self):
+            values = getattr(self, section.name)
+            for entry in dataclasses.fields(values):
+                yield f"{section.name}.{entry.name}", getattr(values, entry.name)
+
+    def value(self, key: str) -> typing.Any:
+        """The value of a dotted key."""
+        return dict(self.items())[key]
+
+    def override(self, values: Mapping[str, typing.Any], origin: str = "") -> "Recipe":
+        """Another recipe, with the values of some dotted keys replaced.
+
+        Args:
+            origin: what error messages should name as the place of the mistake, such as a file.
+
+        Raises:
+            RecipeError: an unknown key, or a value of the wrong type or size.
+        """
+        prefix = f"{origin}: " if origin else ""
+        known = [key for key, _ in self.items()]
+        sections: dict[str, dict[str, typing.Any]] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise RecipeError(f"{prefix}unknown key {key}{_suggestion(key, known)}")
+            section, name = key.split(".")
+            hint = typing.get_type_hints(type(getattr(self, section)))[name]
+            try:
+                sections.setdefault(section, {})[name] = _convert(value, hint)
+            except ValueError as error:
+                raise RecipeError(f"{prefix}{key} is {value!r}: it must be {error}") from error
+        try:
+            return dataclasses.replace(
+                self,
+                **{name: dataclasses.replace(getattr(self, name), **changed) for name, changed in sections.items()},
+            )
+        except RecipeError as error:
+            raise RecipeError(f"{prefix}{error}") from error
+
+    def check_resumable(self, started: "Recipe") -> None:
+        """Whether a run started with the recipe ``started`` may go on with this one.
+
+        Raises:
+            RecipeError: a value differs that the run so far depends on.
+        """
+        before = dict(started.items())
+        for key, value in self.items():
+            if value != before[key] and key not in CHANGEABLE and not key.startswith(CHANGEABLE_SECTIONS):
+                raise RecipeError(
+                    f"{key} is {before[key]!r} in the run to resume and cannot become {value!r}: leave it out, or "
+                    "start a new run in another --output"
+                )
+
+    def to_yaml(self) -> str:
+        """Every value, as a YAML text that `read_recipe` reads back."""
+        plain = {
+            section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+            for section, values in dataclasses.asdict(self).items()
+        }
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file; what the file leaves out has its default.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key or an illegal value.
+    """
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}; check --recipe") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    default = Recipe()
+    sections = [section.name for section in dataclasses.fields(default)]
+    if written is None:
+        return default
+    if not isinstance(written, dict):
+        raise RecipeError(f"{path}: a recipe consists of the sections {', '.join(sections)}, not of {written!r}")
+    values = {}
+    for section, entries in written.items():
+        if section not in sections:
+            raise RecipeError(f"{path}: unknown section {section}{_suggestion(str(section), sections)}")
+        if entries is not None and not isinstance(entries, dict):
+            raise RecipeError(f"{path}: the section {section} must hold keys with values, not {entries!r}")
+        values.update({f"{section}.{name}": value for name, value in (entries or {}).items()})
+    return default.override(values, origin=str(path))
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, typing.Any]:
+    """``["model.hidden_size=256"]`` as ``{"model.hidden_size": 256}``; the values are YAML.
+
+    Raises:
+        RecipeError: a text without ``=``, or whose value is not YAML.
+    """
+    values = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {assignment}: write key=value, such as --set model.hidden_size=256")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {assignment}: the value is not YAML: {' '.join(str(error).split())}") from error
+    return values
+
+
+def _suggestion(key: str, known: Sequence[str]) -> str:
+    section, _, name = key.rpartition(".")
+    # The right name in the wrong section or in none, then a misspelt one.
+    close = [candidate for candidate in known if candidate.split(".")[-1] == name]
+    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if not close:
+        names = difflib.get_close_matches(name, [candidate.split(".")[-1] for candidate in known], n=1, cutoff=0.75)
+        close = [candidate for candidate in known if candidate.split(".")[-1] in names]
+    if close:
+        return f": did you mean {close[0]}?"
+    choices = [candidate for candidate in known if candidate.startswith(f"{section}.")] or known
+    return f": it must be one of {', '.join(choices)}"
+
+
+def _convert(value: typing.Any, hint: typing.Any) -> typing.Any:
+    """``value`` as the type ``hint``; ValueError says what it must be."""
+    if isinstance(hint, types.UnionType):
+        inner = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+        if value is None:
+            return None
+        try:
+            return _convert(value, inner)
+        except ValueError as error:
+            raise ValueError(f"{error}, or null") from error
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-3 (without a point) as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, str):
+        return value
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+            return tuple(value)
+        raise ValueError("a text or a list of texts")
+    raise ValueError({bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint])

@@ -1,0 +1,214 @@
+"""One training run from a recipe: the model, Trainer's arguments, resuming, and how it ended."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+from transformers import TrainingArguments, set_seed
+
+from longstride.data import EvenWindows, PreparedData, RandomWindows
+from longstride.errors import ArgumentError
+from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
+from longstride.training.checkpoints import latest_sound
+from longstride.training.curve import Curve
+from longstride.training.folder import RunFolder
+from longstride.training.recipe import Recipe
+from longstride.training.trainer import ByteTrainer, Observer, stop_on_ctrl_c
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingResult:
+    """How a training ended.
+
+    Args:
+        model: with the weights after ``step`` updates.
+        ended: ``"finished"``, or stopped early by Ctrl-C or by the time limit; then a checkpoint of ``step`` exists.
+        train_bytes_per_s: bytes that went through the model per second of this process; None if it trained nothing.
+    """
+
+    model: SparseTransformerForCausalLM
+    step: int
+    ended: Literal["finished", "interrupted", "time limit"]
+    train_bytes_per_s: float | None
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` as the machine's accelerator, or the CPU where there is none; other names as they are.
+
+    Raises:
+        ArgumentError: there is no such device.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, there in available.items() if there))
+    if name not in available:
+        raise ArgumentError(f"--device {name}: it must be one of auto, {', '.join(available)}")
+    if not available[name]:
+        raise ArgumentError(f"--device {name}: this PyTorch sees no such device here; use --device cpu or auto")
+    return torch.device(name)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises ArgumentError where the device cannot train in the precision."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ArgumentError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ArgumentError("--precision bf16: this GPU does not support it; use fp16 or fp32")
+
+
+def model_config(recipe: Recipe) -> SparseTransformerConfig:
+    """The configuration of the recipe's model.
+
+    Raises:
+        ArgumentError: values that do not fit together, such as heads that do not divide the width.
+    """
+    model = recipe.model
+    return SparseTransformerConfig(
+        vocab_size=256,
+        max_position_embeddings=recipe.data.context,
+        patterns=list(model.patterns),
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        intermediate_size=model.intermediate_size,
+        qk_hidden_size=model.qk_hidden_size,
+        dropout=model.dropout,
+        initializer_scale=model.initializer_scale,
+        tie_word_embeddings=model.tie_word_embeddings,
+        attention_backend=model.attention_backend,
+    )
+
+
+def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[str], None]) -> TrainingResult:
+    """Train, going on from the newest sound checkpoint in ``folder`` if there is one.
+
+    Args:
+        say: called with a line for the screen.
+
+    Raises:
+        CheckpointError: a checkpoint could not be written, or none of those there is sound.
+        LongstrideError: the training diverged.
+    """
+    device = resolve_device(recipe.run.device)
+    check_precision(recipe.run.precision, device)
+    checkpoint, passed_over = latest_sound(folder.checkpoints)
+    for sentence in passed_over:
+        say(f"Warning: {sentence}; going on from an earlier one.")
+    start = 0 if checkpoint is None else checkpoint.step
+    if checkpoint is not None:
+        say(f"Resuming at step {start:,} of {recipe.schedule.steps:,} from {_shown(checkpoint.folder)}.")
+        if start >= recipe.schedule.steps:
+            model = SparseTransformerForCausalLM.from_pretrained(checkpoint.folder).to(device)
+            return TrainingResult(model, start, "finished", None)
+
+    # Trainer seeds the global generators as well, which dropout draws from.
+    set_seed(recipe.run.seed)
+    model = SparseTransformerForCausalLM(model_config(recipe))
+    if recipe.run.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    schedule = recipe.schedule
+    windows = schedule.steps * schedule.batch_size * schedule.gradient_accumulation_steps
+    context = recipe.data.context
+    curve = Curve(folder.metrics, start)
+    began = time.monotonic()
+    with stop_on_ctrl_c() as interruption, _Progress(start, schedule.steps, say) as progress:
+        observer = Observer(curve, interruption, progress.show, recipe.run.time_limit_s)
+        trainer = ByteTrainer(
+            curve=curve,
+            checkpoints=folder.checkpoints,
+            keep_checkpoints=recipe.run.keep_checkpoints,
+            model=model,
+            args=_training_arguments(recipe, folder, device),
+            train_dataset=RandomWindows(data.split("train"), context, windows, recipe.run.seed),
+            eval_dataset=EvenWindows(data.split("validation"), context, recipe.run.validation_windows),
+            callbacks=[observer],
+        )
+        observer.trainer = trainer
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+    curve.flush()
+    step = trainer.state.global_step
+    trained_bytes = (step - start) * schedule.batch_size * schedule.gradient_accumulation_steps * context
+    ended = "finished" if step >= schedule.steps else "interrupted" if interruption.requested else "time limit"
+    return TrainingResult(model, step, ended, trained_bytes / (time.monotonic() - began))
+
+
+def _training_arguments(recipe: Recipe, folder: RunFolder, device: torch.device) -> TrainingArguments:
+    optimizer, schedule, run = recipe.optimizer, recipe.schedule, recipe.run
+    if run.tensorboard:
+        # The only way to say it: TrainingArguments has no field for the folder.
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.tensorboard)
+    args = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch_size,
+        per_device_eval_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.gradient_accumulation_steps,
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type="cosine",
+        warmup_steps=schedule.warmup_steps,
+        train_sampling_strategy="sequential",
+        bf16=run.precision == "bf16",
+        fp16=run.precision == "fp16",
+        use_cpu=device.type == "cpu",
+        seed=run.seed,
+        logging_steps=run.log_every,
+        # The curve reports a loss that is not finite, instead of averaging it away.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=run.evaluate_every,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=run.checkpoint_every,
+        report_to=["tensorboard"] if run.tensorboard else "none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    if args.n_gpu > 1:
+        # Trainer would split every batch over all GPUs of the machine by DataParallel, unasked.
+        args._n_gpu = 1
+    return args
+
+
+def _shown(path: Any) -> str:
+    return os.path.relpath(path)
+
+
+class _Progress:
+    """A bar with bits per byte on a terminal, and a line at each report elsewhere, such as in a log file."""
+
+    def __init__(self, start: int, steps: int, say: Callable[[str], None]) -> None:
+        self.start, self.steps, self.say = start, steps, say
+        self.began = time.monotonic()
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not self.on_terminal)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def show(self, step: int, train_bits: float | None, validation_bits: float | None) -> None:
+        """Report after a step: see `Observer`."""
+        if self.on_terminal:
+            self.bar.update(step - self.bar.n)
+            if train_bits is not None:
+                self.bar.set_postfix_str(f"{train_bits:.3f} bits per byte")
+            if validation_bits is not None:
+                self.bar.write(f"step {step:,}: validation {validation_bits:.3f} bits per byte", file=sys.stderr)
+        elif train_bits is not None:
+            elapsed_s = time.monotonic() - self.began
+            self.say(f"step {step:,} of {self.steps:,}: {train_bits:.3f} bits per byte, {elapsed_s:.0f} s")
+        elif validation_bits is not None:
+            self.say(f"step {step:,} of {self.steps:,}: validation {validation_bits:.3f} bits per byte")
