@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from longstride.attention import attention, explain
 from longstride.errors import (
     ArgumentError,
     CheckpointError,
@@ -39,6 +40,7 @@ from longstride.patterns import (
     sparse_transformer_fixed,
     sparse_transformer_strided,
 )
+from longstride.plan import plan
 
 if TYPE_CHECKING:
     from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM

@@ -74,7 +74,11 @@ def _count_band(band: Band | None, q_len: int, kv_len: int) -> int:
         return q_len * kv_len
     first_query = kv_len - q_len
     total = 0
-    for low, high, at_zero, slope in ((1 - q_len, -1, q_len, 1), (0, first_query, q_len, 0), (first_query + 1, kv_len - 1, kv_len, -1)):
+    for low, high, at_zero, slope in (
+        (1 - q_len, -1, q_len, 1),
+        (0, first_query, q_len, 0),
+        (first_query + 1, kv_len - 1, kv_len, -1),
+    ):
         inside = band.intersect(Band(1, low, high)) if low <= high else None
         if inside is not None:
             assert inside.lo is not None and inside.hi is not None

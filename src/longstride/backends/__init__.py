@@ -1,0 +1,1 @@
+"""Backends: what runs a plan. `reference` is the truth, `torch` runs everywhere."""

@@ -1,0 +1,44 @@
+"""The truth: dense attention by the definition, in plain differentiable PyTorch. It costs q_len x kv_len."""
+
+from __future__ import annotations
+
+import torch
+
+from longstride.backends.request import Request, accumulator
+from longstride.patterns import Pattern
+
+name = "reference"
+
+
+def refusals(request: Request) -> list[str]:
+    if not request.dtype.is_floating_point:
+        return [f"dtype {request.dtype} is not floating point"]
+    return []
+
+
+def describe(request: Request) -> str:
+    pairs = request.num_heads * request.q_len * request.kv_len
+    return f"dense by the definition: {pairs:,} pairs scored and held in memory; for checking, not for speed"
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its log-sum-exp, differentiable by autograd; shapes as in `longstride.attention`."""
+    heads, groups = q.shape[1], q.shape[1] // k.shape[1]
+    dtype = accumulator(q.dtype)
+    keys, values = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))
+    allowed = _mask(pattern, q.shape[2], k.shape[2], heads).to(q.device)
+    scores = (q.to(dtype) @ keys.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
+    some = allowed.any(-1).expand(scores.shape[:-1])
+    # A row of nothing but -inf has no softmax, and its NaN gradient would spread: give it zeros, then cut it off.
+    lse = scores.masked_fill(~some[..., None], 0.0).logsumexp(-1).masked_fill(~some, float("-inf"))
+    weights = (scores - lse.masked_fill(~some, 0.0)[..., None]).exp()
+    return (weights @ values).to(q.dtype), lse
+
+
+def _mask(pattern: Pattern, q_len: int, kv_len: int, heads: int) -> torch.Tensor:
+    """bool [heads or 1, q_len, kv_len]: one mask for all heads where they agree."""
+    rules = pattern.split_heads(heads)
+    same = len(set(rules)) == 1
+    return torch.stack([rule.mask(q_len, kv_len) for rule in (rules[:1] if same else rules)])

@@ -1,0 +1,151 @@
+"""PyTorch's own fused attention kernels, called for their log-sum-exp, and a plain path that gives the same numbers.
+
+The kernels that return the log-sum-exp are private operators of PyTorch. `kernel` names the one that serves a device
+and dtype, after a look at whether this PyTorch has it under the signature that is used here; otherwise the plain path
+computes the same.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import pad
+
+from longstride.backends.request import accumulator
+from longstride.backends.torch.tile_math import tile_backward, tile_forward
+
+#: Scores that the plain path holds at once.
+PLAIN_SCORES = 1 << 24
+
+_OPERATORS = {
+    "flash-cpu": ("_scaled_dot_product_flash_attention_for_cpu", 5, "attn_mask"),
+    "flash-cuda": ("_scaled_dot_product_flash_attention", 6, "return_debug_mask"),
+}
+
+
+@lru_cache
+def _has(name: str) -> bool:
+    """True when this PyTorch has the operator and its backward, with the arguments used here."""
+    operator, positional, argument = _OPERATORS[name]
+    if not (hasattr(torch.ops.aten, operator) and hasattr(torch.ops.aten, operator + "_backward")):
+        return False
+    arguments = [a.name for a in getattr(torch.ops.aten, operator).default._schema.arguments]
+    return len(arguments) >= positional and argument in arguments and "scale" in arguments
+
+
+def kernel(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """``flash-cpu``, ``flash-cuda`` or ``plain``: what computes unmasked tiles here."""
+    if device_type == "cpu" and _has("flash-cpu"):
+        return "flash-cpu"
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device_type == "cuda" and half and head_dim <= 256 and torch.version.hip is None and _has("flash-cuda"):
+        return "flash-cuda"
+    return "plain"
+
+
+def fused_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of [batch, heads, rows, dim] views, all of one dim; out and its log-sum-exp [batch, heads, rows]."""
+    chosen = kernel(q.device.type, q.dtype, q.shape[-1])
+    if scale <= 0:
+        # The kernels scale a triangle's -inf too, which only a positive scale survives: scale q instead.
+        q, scale = q * scale, 1.0
+    if chosen == "flash-cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(q, k, v, 0.0, causal, scale=scale)
+    if chosen == "flash-cuda":
+        q, k, v = (_to_eight(x) for x in (q, k, v))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = flash(q, k, v, 0.0, causal, False, scale=scale)[:2]
+        return out, lse[..., : q.shape[2]]
+    return _plain_forward(q, k, v, scale, causal)
+
+
+def fused_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `fused_forward`'s q, k, v given the merged out, log-sum-exp and ``delta``.
+
+    The kernels compute delta = sum(out * grad_out) themselves. To subtract grad_lse from it, out and grad_out get one
+    more column, 1 and -grad_lse, and v a column of zeros.
+    """
+    chosen = kernel(q.device.type, q.dtype, q.shape[-1] + (grad_lse is not None))
+    dim = q.shape[-1]
+    if chosen == "plain":
+        return _plain_backward(grad_out, q, k, v, lse, delta, scale, causal)
+    if scale <= 0:
+        grad_q, grad_k, grad_v = fused_backward(
+            grad_out, q * scale, k, v, out, lse, delta, grad_lse, scale=1.0, causal=causal
+        )
+        return grad_q * scale, grad_k, grad_v
+    if grad_lse is not None:
+        q, k, v = (pad(x, (0, 1)) for x in (q, k, v))
+        out = pad(out, (0, 1), value=1.0)
+        grad_out = torch.cat([grad_out, -grad_lse[..., None].to(grad_out.dtype)], -1)
+    if chosen == "flash-cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = flash(grad_out, q, k, v, out, lse.contiguous(), 0.0, causal, scale=scale)
+    else:
+        grad_out, q, k, v, out = (_to_eight(x) for x in (grad_out, q, k, v, out))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        none = torch.zeros(0, dtype=torch.uint64, device=q.device)
+        rows, keys = q.shape[2], k.shape[2]
+        grads = flash(
+            grad_out, q, k, v, out, lse.contiguous(), None, None, rows, keys, 0.0, causal, seed, none, scale=scale
+        )
+    return tuple(grad[..., :dim] for grad in grads[:3])  # type: ignore[return-value]
+
+
+def _to_eight(x: torch.Tensor) -> torch.Tensor:
+    """The CUDA kernel wants the last dim to be a multiple of 8: pad with zeros, which change no score."""
+    return pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
+
+
+def _triangle(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor | None:
+    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if causal else None
+
+
+def _slabs(q: torch.Tensor, k: torch.Tensor) -> list[slice]:
+    """Runs of tiles whose scores fit in `PLAIN_SCORES`."""
+    tiles = q.shape[0] * q.shape[1]
+    step = max(1, PLAIN_SCORES // (q.shape[2] * k.shape[2]))
+    return [slice(first, first + step) for first in range(0, tiles, step)]
+
+
+def _plain_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    allowed, dtype = _triangle(q, k, causal), accumulator(q.dtype)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    done = [tile_forward(*(x[slab].to(dtype) for x in flat), scale, allowed) for slab in _slabs(q, k)]
+    out, lse = (torch.cat(pieces) for pieces in zip(*done, strict=True))
+    return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+
+
+def _plain_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    allowed, dtype = _triangle(q, k, causal), accumulator(q.dtype)
+    flat = [x.flatten(0, 1) for x in (q, k, v, grad_out, lse, delta)]
+    done = [tile_backward(*(x[slab].to(dtype) for x in flat), scale, allowed) for slab in _slabs(q, k)]
+    grads = (torch.cat(pieces).unflatten(0, q.shape[:2]) for pieces in zip(*done, strict=True))
+    return tuple(grads)  # type: ignore[return-value]
