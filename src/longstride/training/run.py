@@ -110,7 +110,8 @@ def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[
     set_seed(recipe.run.seed)
     model = SparseTransformerForCausalLM(model_config(recipe))
     if recipe.run.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5.23 has renamed it.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     schedule = recipe.schedule
     windows = schedule.steps * schedule.batch_size * schedule.gradient_accumulation_steps
     context = recipe.data.context
