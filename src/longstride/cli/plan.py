@@ -68,8 +68,10 @@ def plan(
         ("pairs, all heads", f"{made.pairs:,}", f"{dense:,}", fewer),
     ]
     for direction, products in (("forward", FORWARD_PRODUCTS), ("backward", BACKWARD_PRODUCTS)):
-        rows.append((direction, *(_in_units(products * flops * pairs, "FLOP") for pairs in (made.pairs, dense)), ""))
-    rows.append(("q, k, v and o", *[_in_units(tensor_bytes, "B")] * 2, f"in {dtype}"))
+        cost, dense_cost = (_in_units(products * flops * pairs, "FLOP") for pairs in (made.pairs, dense))
+        rows.append((direction, cost, dense_cost, ""))
+    size = _in_units(tensor_bytes, "B")
+    rows.append(("q, k, v and o", size, size, f"in {dtype}"))
     typer.echo()
     for name, sparse_value, dense_value, note in rows:
         typer.echo(f"  {name:<16} {sparse_value:>18} {dense_value:>22}   {note}".rstrip())

@@ -1,6 +1,7 @@
 """Colours and type that all pictures share, and how a picture is written."""
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -10,7 +11,7 @@ INK, FAINT_INK = "#1f2933", "#6b7785"
 PAPER, FORBIDDEN, FUTURE = "#ffffff", "#e9edf2", "#ffffff"
 PARTS = ("#2a6fbb", "#ef8636", "#35a079", "#9a5fc0", "#d5475f", "#b8961c", "#3bb0c9", "#8a6d5a")
 REACH = ("#1f4e79", "#6fa8d8", "#a8d5ba", "#f3d98b")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.edgecolor": FAINT_INK,
     "axes.labelcolor": FAINT_INK,
