@@ -51,9 +51,9 @@ def test_backends_agree(make_model, tokens, patterns):
         torch.testing.assert_close(gradients[other], gradients[0], rtol=1e-9, atol=1e-10)
 
 
-def test_an_unknown_backend_is_refused(make_model, tokens):
-    with pytest.raises((ArgumentError, UnsupportedError), match="quantum"):
-        make_model(attention_backend="quantum")(tokens)
+def test_an_unknown_backend_is_refused_when_the_model_is_built(make_model):
+    with pytest.raises(ArgumentError, match=r"backend='quantum': known backends are .*'reference'"):
+        make_model(attention_backend="quantum")
 
 
 def test_initial_weights():
@@ -80,6 +80,13 @@ def test_initial_weights():
             assert parameter.abs().max() == 0, name
         elif "norm" in name:
             assert torch.equal(parameter, torch.ones(128)), name
+
+
+def test_scale_and_epsilon_of_the_configuration_reach_the_layers(make_model):
+    model = make_model(hidden_size=64, initializer_scale=0.5, layer_norm_eps=0.25)
+    assert model.model.layers[1].attention.qkv_proj.weight.std().item() == pytest.approx(0.5 / 8, rel=0.03)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert [norm.eps for norm in norms] == [0.25] * 7
 
 
 def test_first_loss_is_uniform_and_training_lowers_it(tokens):
@@ -192,8 +199,10 @@ def test_tied_embeddings_do_not_start_at_zero():
     config = SparseTransformerConfig(
         hidden_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64, tie_word_embeddings=True
     )
-    weight = SparseTransformerForCausalLM(config).lm_head.weight
-    assert weight.std().item() == pytest.approx(0.125 / 8, rel=0.05)
+    model = SparseTransformerForCausalLM(config)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.125 / 8, rel=0.05)
+    model.apply(model._init_weights)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.125 / 8, rel=0.05)
 
 
 def test_bfloat16(make_model, tokens):
@@ -265,6 +274,11 @@ def test_a_configuration_that_was_changed_later_is_checked_again():
     )
     config.patterns = ["Full()"]
     with pytest.raises(PatternError, match="later ones"):
+        SparseTransformerForCausalLM(config)
+    config.patterns = "Strided(4)"
+    assert str(SparseTransformerForCausalLM(config).model.layers[0].attention.pattern) == "Strided(4)"
+    config.num_attention_heads = 3
+    with pytest.raises(ArgumentError, match="hidden_size=16 is not divisible by num_attention_heads=3"):
         SparseTransformerForCausalLM(config)
 
 

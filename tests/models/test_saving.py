@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,8 +65,18 @@ assert type(model).__name__ == "SparseTransformerForCausalLM"
 assert type(AutoConfig.from_pretrained(folder)) is longstride.SparseTransformerConfig
 assert torch.equal(model(expected["tokens"]).logits, expected["logits"])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    source = Path(ls.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(source)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_backend_is_saved_and_can_be_replaced_on_loading(make_model, tmp_path):
+    make_model(attention_backend="reference").save_pretrained(tmp_path)
+    loaded = SparseTransformerForCausalLM.from_pretrained(tmp_path)
+    assert [layer.attention.backend for layer in loaded.model.layers] == ["reference"] * 3
+    replaced = SparseTransformerForCausalLM.from_pretrained(tmp_path, attention_backend=None)
+    assert [layer.attention.backend for layer in replaced.model.layers] == [None] * 3
 
 
 def test_half_precision_weights_stay_so(make_model, tokens, tmp_path):

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from longstride.attention import attention
+from longstride.attention import BACKENDS, attention
 from longstride.errors import ArgumentError
 from longstride.nn.initialization import ResidualProjection
 from longstride.patterns import Pattern
@@ -23,7 +23,7 @@ class SelfAttention(nn.Module):
         backend: name of the attention backend; None takes the fastest that supports the request.
 
     Raises:
-        ArgumentError: num_heads does not divide a width.
+        ArgumentError: num_heads does not divide a width, or the backend's name is unknown.
 
     Source: Child et al. 2019, section 4.1; section 6 for the half-size queries and keys.
     """
@@ -44,6 +44,10 @@ class SelfAttention(nn.Module):
                 raise ArgumentError(
                     f"{name}={width} is not divisible by num_heads={num_heads}: take a multiple of {num_heads}"
                 )
+        if backend is not None and backend not in BACKENDS:
+            raise ArgumentError(
+                f"backend={backend!r}: known backends are {', '.join(map(repr, BACKENDS))}; None chooses by itself"
+            )
         self.pattern = pattern
         self.num_heads = num_heads
         self.backend = backend
@@ -60,6 +64,7 @@ class SelfAttention(nn.Module):
             for projected, width in zip(self.qkv_proj(hidden).split(self.widths, dim=-1), self.widths, strict=True)
         )
         attended = attention(q, k, v, self.pattern, backend=self.backend)
+        assert isinstance(attended, Tensor)  # a pair comes with return_lse alone
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
