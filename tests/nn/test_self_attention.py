@@ -55,3 +55,21 @@ def test_half_size_queries_and_keys():
 def test_heads_must_divide_the_widths(widths, name):
     with pytest.raises(ArgumentError, match=f"{name} is not divisible by num_heads=4: take a multiple of 4"):
         SelfAttention(ls.Local(4), num_heads=4, **widths)
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "torch"])
+def test_the_named_backend_is_asked_for(monkeypatch, backend):
+    asked = []
+
+    def spy(*arguments, **named):
+        asked.append(named["backend"])
+        return ls.attention(*arguments, **named)
+
+    monkeypatch.setattr("longstride.nn.self_attention.attention", spy)
+    SelfAttention(ls.Local(4), hidden_size=8, num_heads=2, backend=backend)(torch.randn(1, 5, 8))
+    assert asked == [backend]
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ArgumentError, match="backend='quantum': known backends are"):
+        SelfAttention(ls.Local(4), hidden_size=8, num_heads=2, backend="quantum")
