@@ -8,7 +8,7 @@ from longstride.plotting.cells import HeadCells, part_cells, visible_pairs
 # Two characters a cell, because a character is about twice as high as it is wide.
 SHADES = ("██", "▒▒", "░░", "▚▚")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-EMPTY, FUTURE = "· ", "  "
+EMPTY, ASCII_EMPTY, FUTURE = "· ", ". ", "  "
 MOST_ROWS = 32
 
 
@@ -22,7 +22,7 @@ def draw_terminal(pattern: Pattern, length: int, *, num_heads: int | None = None
         pattern: what to draw; heads that differ are drawn one after another.
         length: number of positions, 1 to 1,024.
         num_heads: number of heads for patterns that differ by head; by default as many as the pattern names.
-        ascii_only: letters instead of block characters.
+        ascii_only: ASCII characters instead of blocks, a letter for each part.
 
     Raises:
         ArgumentError: the length is below 1 or too long for a picture.
@@ -50,10 +50,11 @@ def _symbol(part: int, ascii_only: bool) -> str:
 
 def _rows(group: HeadCells, step: int, causal: bool, ascii_only: bool) -> list[str]:
     parts = _coarse(group.cells, step, len(group.labels))
+    empty = ASCII_EMPTY if ascii_only else EMPTY
     return [
         "  "
         + "".join(
-            _symbol(part - 1, ascii_only) if part > 0 else FUTURE if causal and column > row else EMPTY
+            _symbol(part - 1, ascii_only) if part > 0 else FUTURE if causal and column > row else empty
             for column, part in enumerate(parts_of_row)
         ).rstrip()
         for row, parts_of_row in enumerate(parts.tolist())
