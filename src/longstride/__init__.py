@@ -45,6 +45,45 @@ from longstride.plan import plan
 if TYPE_CHECKING:
     from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
 
+__all__ = [
+    "ArgumentError",
+    "BlockLocal",
+    "BlockSparse",
+    "Causal",
+    "CheckpointError",
+    "DataError",
+    "Dilated",
+    "Fixed",
+    "Full",
+    "Global",
+    "Local",
+    "LogSparse",
+    "LongstrideError",
+    "Pattern",
+    "PatternError",
+    "RandomBlocks",
+    "RecipeError",
+    "SparseTransformerConfig",
+    "SparseTransformerForCausalLM",
+    "Strided",
+    "Summary",
+    "UnsupportedError",
+    "attention",
+    "bigbird",
+    "explain",
+    "gpt3",
+    "layers_to_reach",
+    "longformer",
+    "mistral",
+    "parse",
+    "per_head",
+    "picture",
+    "plan",
+    "reach",
+    "sparse_transformer_fixed",
+    "sparse_transformer_strided",
+]
+
 __version__ = "0.1.0"
 
 _MODEL_NAMES = ("SparseTransformerConfig", "SparseTransformerForCausalLM")

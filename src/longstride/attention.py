@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -20,6 +20,28 @@ from longstride.plan import plan
 BACKENDS: dict[str, Any] = {"torch": torch_backend, "reference": reference}
 
 
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    *,
+    scale: float | None = ...,
+    backend: str | None = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    *,
+    scale: float | None = ...,
+    backend: str | None = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -75,7 +97,7 @@ def attention(
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Under autocast float32 inputs go to its dtype, as for `scaled_dot_product_attention`."""
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
@@ -160,7 +182,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: str, scale: float) -> Any:
+def _(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_settings: Any) -> Any:
     lse = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse)
 
@@ -181,7 +203,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, pattern: Any, scale: Any) -> Any:
+def _(_grad_out: Any, _grad_lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_others: Any) -> Any:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -14,6 +14,7 @@ from longstride.patterns.base import Pattern
 from longstride.patterns.regions import Term
 
 
+@dataclass(frozen=True, repr=False)
 class _Joined(Pattern):
     """What unions and intersections share: a flat tuple of members, heads and tables taken from them."""
 
@@ -27,7 +28,7 @@ class _Joined(Pattern):
             for member in pattern.patterns if isinstance(pattern, cls) else (pattern,):
                 if member not in flat:
                     flat.append(member)
-        return flat[0] if len(flat) == 1 else cls(tuple(flat))  # type: ignore[call-arg]
+        return flat[0] if len(flat) == 1 else cls(tuple(flat))
 
     @property
     def num_heads(self) -> int | None:
@@ -35,13 +36,14 @@ class _Joined(Pattern):
         return math.lcm(*counts) if counts else None
 
     def split_heads(self, num_heads: int) -> tuple[Pattern, ...]:
-        return tuple(type(self).of(*rules) for rules in zip(*(p.split_heads(num_heads) for p in self.patterns)))
+        members = [member.split_heads(num_heads) for member in self.patterns]
+        return tuple(type(self).of(*rules) for rules in zip(*members, strict=True))
 
     def tables(self) -> dict[str, torch.Tensor]:
         return {name: table for member in self.patterns for name, table in member.tables().items()}
 
     def bind(self, kv_len: int) -> Pattern:
-        return type(self)(tuple(member.bind(kv_len) for member in self.patterns))  # type: ignore[call-arg]
+        return type(self)(tuple(member.bind(kv_len) for member in self.patterns))
 
     def _allowed(self, i: torch.Tensor, j: torch.Tensor) -> list[torch.Tensor]:
         # Members that tell heads apart put a head axis in front; give the others one to match.
@@ -54,8 +56,6 @@ class _Joined(Pattern):
 @dataclass(frozen=True, repr=False)
 class Union(_Joined):
     """``a | b``: pairs that any member allows, each pair once in one softmax."""
-
-    patterns: tuple[Pattern, ...]
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         return functools.reduce(operator.or_, self._allowed(i, j))
@@ -77,8 +77,6 @@ class Union(_Joined):
 @dataclass(frozen=True, repr=False)
 class Intersection(_Joined):
     """``a & b``: pairs that every member allows."""
-
-    patterns: tuple[Pattern, ...]
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         return functools.reduce(operator.and_, self._allowed(i, j))

@@ -87,7 +87,8 @@ class Local(_Banded):
 
     Args:
         window: keys at distance 0 .. window - 1 back.
-        lookahead: keys ahead; 0 is causal. Longformer's ``attention_window=w`` is ``Local(w // 2 + 1, lookahead=w // 2)``.
+        lookahead: keys ahead; 0 is causal. Longformer's ``attention_window=w`` is
+            ``Local(w // 2 + 1, lookahead=w // 2)``.
 
     Source: Child 2019, section 4.3, A(1); Mistral 7B; Longformer.
     """

@@ -17,7 +17,8 @@ class Pattern:
     """Which pairs (i, j) of absolute, 0-based query and key positions may attend.
 
     A pattern is a frozen value. Subclass it and write `allows` to make one of your own; a frozen dataclass gets its
-    text form, equality and `parse` for nothing. Patterns join by ``|`` (union, each pair once) and ``&`` (intersection).
+    text form, equality and `parse` for nothing. Patterns join by ``|`` (union, each pair once) and ``&``
+    (intersection).
     """
 
     #: Pattern classes by name, so that `parse` reads the text of user-made patterns too.
@@ -63,7 +64,7 @@ class Pattern:
         """The pattern as a union of regular regions, the form that plans and exact counts are made from."""
         return (Term.of(Rule(self)),)
 
-    def bind(self, kv_len: int) -> Pattern:
+    def bind(self, kv_len: int) -> Pattern:  # noqa: ARG002 - for those that look at it
         """This pattern at one length: the same value for all but those whose rule looks at the length itself."""
         return self
 

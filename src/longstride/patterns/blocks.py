@@ -269,7 +269,7 @@ def _hash(seed: int, head: int, q_block: torch.Tensor, step: int) -> torch.Tenso
 
 
 class BlockSparse(Pattern):
-    """``table[(head,) i // block, j // block]``: a block layout of one's own. Join with ``& Causal()`` for a causal one.
+    """``table[(head,) i // block, j // block]``: a block layout of one's own; ``& Causal()`` makes it causal.
 
     >>> import longstride as ls, torch
     >>> print(ls.picture(ls.BlockSparse(torch.eye(2, dtype=torch.bool), 2), 4))

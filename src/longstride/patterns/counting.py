@@ -33,8 +33,7 @@ def count_union(terms: Sequence[Term], q_len: int, kv_len: int, start: Term | No
         joined = term if start is None else start.intersect(term)
         if joined is None:
             continue
-        rest = [other for other in terms[index + 1 :]]
-        total += count_term(joined, q_len, kv_len) - count_union(rest, q_len, kv_len, joined)
+        total += count_term(joined, q_len, kv_len) - count_union(terms[index + 1 :], q_len, kv_len, joined)
     return total
 
 
@@ -81,7 +80,8 @@ def _count_band(band: Band | None, q_len: int, kv_len: int) -> int:
     ):
         inside = band.intersect(Band(1, low, high)) if low <= high else None
         if inside is not None:
-            assert inside.lo is not None and inside.hi is not None
+            assert inside.lo is not None
+            assert inside.hi is not None
             count, ends = inside.hi - inside.lo + 1, (inside.lo + inside.hi) * inside.dilation
             total += count * (2 * at_zero + slope * ends) // 2
     return total
@@ -149,7 +149,7 @@ def _count_powers(powers: Powers, term: Term, q_len: int, kv_len: int) -> int:
 
 
 def _count_table(table: BlockTable, term: Term, q_len: int, kv_len: int) -> int:
-    """Whole blocks by arithmetic on how far apart they are; blocks that a length cuts, and further rules, by looking."""
+    """Whole blocks by arithmetic on how far apart they are; cut blocks, and those with further rules, by looking."""
     pairs, block = table.blocks(q_len, kv_len), table.block
     for column, kind in ((0, QueryList), (1, KeyList)):
         for region in term.find(kind):

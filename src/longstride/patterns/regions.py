@@ -160,19 +160,31 @@ class Powers:
         return allowed
 
 
+class Blockwise(Protocol):
+    """A pattern that says which pairs of blocks may attend."""
+
+    def block_allows(self, q_block: torch.Tensor, kv_block: torch.Tensor) -> torch.Tensor:
+        """True where the pair of blocks is allowed; broadcasts."""
+        ...
+
+    def block_pairs(self, q_len: int, kv_len: int) -> torch.Tensor:
+        """int64 [n, 2]: the allowed (query block, key block) pairs that meet these lengths, by query block."""
+        ...
+
+
 @dataclass(frozen=True)
 class BlockTable:
     """Pairs by block of a `BlockSparse` or `RandomBlocks` pattern, without that pattern's own causal cut."""
 
-    source: Pattern
+    source: Blockwise
     block: int
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        return self.source.block_allows(i // self.block, j // self.block)  # type: ignore[attr-defined]
+        return self.source.block_allows(i // self.block, j // self.block)
 
     def blocks(self, q_len: int, kv_len: int) -> torch.Tensor:
         """int64 [n, 2]: the (query block, key block) pairs that meet these lengths, by query block."""
-        return self.source.block_pairs(q_len, kv_len)  # type: ignore[attr-defined]
+        return self.source.block_pairs(q_len, kv_len)
 
 
 @dataclass(frozen=True)
@@ -256,10 +268,11 @@ def _narrow(regions: list[Region], new: Region) -> bool:
         if _implies(new, old):
             regions[index] = new
             return True
-        if isinstance(old, KeyList | QueryList) and type(old) is type(new):
-            shared = tuple(token for token in old.tokens if token in set(new.tokens))
-            regions[index] = type(old)(shared)
-            return bool(shared)
+        for kind in (KeyList, QueryList):
+            if isinstance(old, kind) and isinstance(new, kind):
+                shared = tuple(token for token in old.tokens if token in set(new.tokens))
+                regions[index] = kind(shared)
+                return bool(shared)
         if isinstance(old, KeyGroup) and isinstance(new, KeyGroup) and old.block == new.block:
             start, stop = max(old.start, new.start), min(old.stop, new.stop)
             regions[index] = KeyGroup(old.block, start, stop)
@@ -274,8 +287,9 @@ def _implies(narrow: Region, wide: Region) -> bool:
         return True
     if isinstance(narrow, SameBlock) and isinstance(wide, SameBlock):
         return wide.block % narrow.block == 0
-    if isinstance(narrow, KeyList | QueryList) and type(narrow) is type(wide):
-        return set(narrow.tokens) <= set(wide.tokens)
+    for kind in (KeyList, QueryList):
+        if isinstance(narrow, kind) and isinstance(wide, kind):
+            return set(narrow.tokens) <= set(wide.tokens)
     if isinstance(narrow, KeyGroup) and isinstance(wide, KeyGroup) and narrow.block == wide.block:
         return wide.start <= narrow.start and narrow.stop <= wide.stop
     return False

@@ -163,7 +163,7 @@ def _disjoint(terms: tuple[Term, ...], q_len: int, kv_len: int) -> tuple[Part, .
             if not _empty(rest, q_len, kv_len):
                 overlapping = [before for before in laid if _overlap(rest, before)]
                 rows = [before for before in overlapping if _covers_rows(before, rest)]
-                skip_rows = tuple(sorted({token for before in rows for token in before.regions[0].tokens}))
+                skip_rows = tuple(sorted({token for before in rows for token in before.find(QueryList)[0].tokens}))
                 minus = tuple(before for before in overlapping if before not in rows)
                 parts.append(Part(order[term], rest, minus, skip_rows))
         laid.append(term)

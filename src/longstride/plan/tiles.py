@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -251,8 +252,9 @@ def _backward_band(dilation: int, lo: int, hi: int | None, q_len: int, kv_len: i
         yield from _causal_classes(dilation, q_start, q_len, before)
         return
     in_class = -(-q_len // dilation)
-    # A quarter of the window a tile scores at most 1.25 times the window; few rows keep decoding cheap.
-    rows = max(1, min(in_class, max(16, min(256, _power_of_two(window // 4)))))
+    # Half a window a tile scores 1.5 times the window; shorter products than 32 to 64 rows are slower than that saves.
+    rows = max(32, min(64, _power_of_two(window)), min(256, _power_of_two(window // 2)))
+    rows = min(in_class, rows)
     yield Window(q_start, q_len, before + q_len, dilation, window, rows, flip)
 
 
@@ -263,7 +265,7 @@ def _power_of_two(value: int) -> int:
 def _lanes(dilation: int, q_len: int, breaks: set[int]) -> Iterator[tuple[int, int]]:
     """Runs first .. last - 1 of residue classes (by first query row) that have as many rows and keys each."""
     edges = sorted({0, min(dilation, q_len)} | {edge for edge in breaks if 0 < edge < min(dilation, q_len)})
-    yield from zip(edges, edges[1:])
+    yield from pairwise(edges)
 
 
 def _causal_classes(dilation: int, q_start: int, q_len: int, before: int) -> Iterator[Tile]:
@@ -271,13 +273,13 @@ def _causal_classes(dilation: int, q_start: int, q_len: int, before: int) -> Ite
     for first, last in _lanes(dilation, q_len, {q_len % dilation, dilation - before % dilation}):
         rows, older = -(-(q_len - first) // dilation), (before + first) // dilation
         key = (before + first) % dilation
-        where = {"batch": last - first, "q_rows": rows, "q_start": q_start + first, "q_step": 1, "k_step": 1}
+        tile = Dense(last - first, rows, older + 1, q_start + first, 1, key, 1, dilation)
         if rows == 1:
-            yield Dense(k_rows=older + 1, k_start=key, stride=dilation, **where)
+            yield tile
             continue
         if older:
-            yield Dense(k_rows=older, k_start=key, stride=dilation, **where)
-        yield Dense(k_rows=rows, k_start=key + older * dilation, stride=dilation, causal=True, **where)
+            yield replace(tile, k_rows=older)
+        yield replace(tile, k_rows=rows, k_start=key + older * dilation, causal=True)
 
 
 def _whole_classes(dilation: int, q_len: int, kv_len: int) -> Iterator[Tile]:
@@ -325,13 +327,13 @@ def _chunk(part: Part, q_len: int, kv_len: int) -> Iterator[Tile]:
     runs += [(whole_high * block, kv_len, 1)] if max(whole_low, whole_high) * block < kv_len else []
     for start, stop, batch in runs:
         key, rows = start // block * block, stop - start
-        where = {"batch": batch, "q_rows": rows, "q_start": start - first, "q_step": block, "k_step": block}
+        tile = Dense(batch, rows, min(block, kv_len - key), start - first, block, key, block)
         if not causal:
-            yield Dense(k_rows=min(key + block, kv_len) - key, k_start=key, **where)
+            yield tile
             continue
         if start > key:
-            yield Dense(k_rows=start - key, k_start=key, **where)
-        yield Dense(k_rows=rows, k_start=start, causal=True, **where)
+            yield replace(tile, k_rows=start - key)
+        yield replace(tile, k_rows=rows, k_start=start, causal=True)
 
 
 # ---- columns ------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def backward(
     delta = torch.linalg.vecdot(out.to(dtype), grad_out.to(dtype))
     delta = delta if grad_lse is None else delta - grad_lse
     counted = lse.masked_fill(lse == float("-inf"), float("inf"))
-    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grad_q = q.new_empty(q.shape)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (k, v))
     for members, parts in made.groups:
         inputs = _inputs(q, k, v, members, scale)
@@ -96,6 +96,9 @@ def backward(
         grads = Gradients.empty(inputs, *known, lse_term)
         run_backward(inputs, parts, grads)
         shape = (batch, len(members))
+        if len(made.groups) == 1 and heads == kv_heads:
+            whole = (grads.q[..., :dim], grads.k[..., :dim], grads.v[..., :v_dim])
+            return tuple(x.unflatten(0, shape).to(q.dtype).contiguous() for x in whole)  # type: ignore[return-value]
         grad_q[:, picked] = grads.q[..., :dim].unflatten(0, shape).to(q.dtype)
         readers = torch.tensor([head * kv_heads // heads for head in members], device=q.device)
         if heads == kv_heads:

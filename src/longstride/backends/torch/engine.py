@@ -49,11 +49,15 @@ class Output:
     lse: torch.Tensor
 
     @staticmethod
-    def empty(inputs: Inputs) -> Output:
+    def empty(inputs: Inputs, filled: bool = True) -> Output:
+        """`filled`: with 0 and -inf, what rows without keys have; else to be written whole."""
         n, q_len, _ = inputs.q.shape
         dtype = accumulator(inputs.q.dtype)
-        out = torch.zeros(n, q_len, inputs.v.shape[2], dtype=dtype, device=inputs.q.device)
-        return Output(out, torch.full((n, q_len), float("-inf"), dtype=dtype, device=inputs.q.device))
+        out, lse = (
+            inputs.q.new_empty(n, q_len, inputs.v.shape[2], dtype=dtype),
+            inputs.q.new_empty(n, q_len, dtype=dtype),
+        )
+        return Output(out.zero_(), lse.fill_(float("-inf"))) if filled else Output(out, lse)
 
 
 @dataclass
@@ -103,11 +107,13 @@ class Gradients:
 
 def run_forward(inputs: Inputs, parts: tuple[Part, ...]) -> Output:
     """out and log-sum-exp of all `parts` in one softmax."""
-    result = Output.empty(inputs)
+    q_len, kv_len = inputs.q.shape[1], inputs.k.shape[1]
+    whole = bool(parts) and not parts[0].skip_rows and _writes_every_row(tiles(parts[0], q_len, kv_len), q_len)
+    result = Output.empty(inputs, filled=not whole)
     first = True
     for part in parts:
         rows = _skipped_rows(part, inputs)
-        for tile in tiles(part, inputs.q.shape[1], inputs.k.shape[1]):
+        for tile in tiles(part, q_len, kv_len):
             if len(rows) or (isinstance(tile, Window) and tile.flip):
                 _forward_aside(inputs, tile, result, rows)
             else:
@@ -130,6 +136,17 @@ def run_backward(inputs: Inputs, parts: tuple[Part, ...], grads: Gradients) -> N
                     total += more.flip(1)
             else:
                 _backward(inputs, tile, counted)
+
+
+def _writes_every_row(of_part: tuple[Tile, ...], q_len: int) -> bool:
+    """True when the first tile gives every row a result, so that the output need not be filled before."""
+    match of_part:
+        case (Dense(batch, q_rows), *_):
+            return batch * q_rows == q_len
+        case (Window(_, rows), *_):
+            return rows == q_len and not of_part[0].flip
+        case _:
+            return False
 
 
 def _skipped_rows(part: Part, inputs: Inputs) -> torch.Tensor:
@@ -209,9 +226,12 @@ def _dense_forward(inputs: Inputs, tile: Dense, result: Output, first: bool) -> 
 
 
 def _dense_backward(inputs: Inputs, tile: Dense, grads: Gradients) -> None:
-    rows = [None if x is None else _dense_rows(x, tile) for x in (grads.out, grads.lse, grads.delta, grads.grad_lse)]
-    grad_out = _dense_rows(grads.grad_out, tile)
-    grad_q, grad_k, grad_v = fused_backward(grad_out, *_dense_views(inputs, tile), *rows, inputs.scale, tile.causal)
+    views = _dense_views(inputs, tile)
+    grad_out, out, lse, delta = (_dense_rows(x, tile) for x in (grads.grad_out, grads.out, grads.lse, grads.delta))
+    grad_lse = None if grads.grad_lse is None else _dense_rows(grads.grad_lse, tile)
+    grad_q, grad_k, grad_v = fused_backward(
+        grad_out, *views, out, lse, delta, grad_lse, scale=inputs.scale, causal=tile.causal
+    )
     _dense_rows(grads.q, tile).add_(grad_q)
     for total, more in ((grads.k, grad_k), (grads.v, grad_v)):
         where = (tile.batch, tile.k_rows, tile.k_start, tile.k_step, tile.stride)
@@ -226,7 +246,7 @@ def _dense_backward(inputs: Inputs, tile: Dense, grads: Gradients) -> None:
             total.index_add_(1, positions, compact)
 
 
-# ---- Window: tiles of queries against their own and a few preceding tiles of keys --------------------------------------
+# ---- Window: tiles of queries against their own and a few preceding tiles of keys -----------------------------------
 
 
 @dataclass(frozen=True)
@@ -257,7 +277,7 @@ class _Slab:
         return before + (self.t_low - self.tile.back) * self.step, before + self.t_high * self.step
 
     def take(self, x: torch.Tensor, first: int, end: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """[classes, tiles, rows(, dim)] of x[n_low:n_high, first:first + tiles * step], zeros past `end` or before 0."""
+        """[classes, tiles, rows(, dim)] of x[n_low:n_high, first:end], zeros before 0 and past `end`."""
         low = max(first, 0)
         piece = x[self.n_low : self.n_high, low:end]
         piece = piece if dtype is None else piece.to(dtype)
@@ -349,7 +369,7 @@ def _window_backward(inputs: Inputs, tile: Window, grads: Gradients) -> None:
         grads.v[n, keys] += slab.put_keys(grad_v)
 
 
-# ---- Masked: tiles gathered by position, with the part's rule looked up inside -----------------------------------------
+# ---- Masked: tiles gathered by position, with the part's rule looked up inside --------------------------------------
 
 
 @dataclass(frozen=True)
@@ -414,7 +434,7 @@ def _masked_backward(inputs: Inputs, tile: Masked | Listed, grads: Gradients) ->
         grads.v[some.n].index_add_(1, some.keys, grad_v.flatten(1, 2))
 
 
-# ---- Shifts: single diagonals, rowwise --------------------------------------------------------------------------------
+# ---- Shifts: single diagonals, rowwise ------------------------------------------------------------------------------
 
 
 def _diagonals(inputs: Inputs, tile: Shifts) -> Iterator[tuple[int, slice, slice]]:
