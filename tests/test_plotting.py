@@ -101,6 +101,12 @@ def test_terminal_names_heads() -> None:
     assert "heads 2, 3" in picture
 
 
+def test_terminal_counts_every_head() -> None:
+    pattern = ls.per_head(ls.Local(4), ls.Local(4), ls.Strided(4))
+    pairs = pattern.pairs(12)
+    assert f"length 12: {pairs} of {3 * 78} pairs over 3 heads, {pairs / (3 * 78):.1%}" in draw_terminal(pattern, 12)
+
+
 @pytest.mark.parametrize(("length", "words"), [(0, "at least 1"), (-3, "at least 1"), (LONGEST_PICTURE + 1, "1,024")])
 def test_length_of_a_picture(length: int, words: str, tmp_path: Path) -> None:
     with pytest.raises(ls.ArgumentError, match=words):

@@ -35,10 +35,13 @@ def draw_terminal(pattern: Pattern, length: int, *, num_heads: int | None = None
             lines += ["", f"heads {', '.join(map(str, group.heads))}"]
         lines += ["", *_rows(group, step, pattern.is_causal, ascii_only), ""]
         lines += [f"  {_symbol(number, ascii_only)} {label}" for number, label in enumerate(group.labels)]
-    allowed = sum(group.pairs for group in groups)
-    dense = visible_pairs(pattern.is_causal, length) * len(groups)
+    # Alike or not, a head counts as one.
+    heads = sum(len(group.heads) for group in groups) or 1
+    allowed = sum(group.pairs * (len(group.heads) or 1) for group in groups)
+    dense = visible_pairs(pattern.is_causal, length) * heads
+    over = f" over {heads} heads" if heads > 1 else ""
     scale = f"; one row or column is {step} positions" if step > 1 else ""
-    lines += ["", f"length {length}: {allowed:,} of {dense:,} pairs, {allowed / dense:.1%}{scale}"]
+    lines += ["", f"length {length}: {allowed:,} of {dense:,} pairs{over}, {allowed / dense:.1%}{scale}"]
     return "\n".join(lines)
 
 
