@@ -37,7 +37,16 @@ def save(figure: Figure, png_path: str | Path, dots_per_inch: int = 160) -> Path
     path = Path(png_path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=dots_per_inch, facecolor=PAPER, bbox_inches="tight", pad_inches=0.15)
+        # No metadata, so that the same picture is the same file.
+        figure.savefig(
+            path,
+            format="png",
+            dpi=dots_per_inch,
+            facecolor=PAPER,
+            bbox_inches="tight",
+            pad_inches=0.15,
+            metadata={"Software": None},
+        )
     except OSError as error:
         reason = error.strerror or error
         raise ArgumentError(f"{path}: the picture cannot be written ({reason}); choose another file") from error
