@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import pad
 
 from longstride.backends.request import Request, accumulator
-from longstride.backends.torch.engine import Gradients, Inputs, run_backward, run_forward
+from longstride.backends.torch.engine import run_backward, run_forward
 from longstride.backends.torch.fused import kernel
+from longstride.backends.torch.state import Gradients, Inputs
 from longstride.patterns import Pattern
 from longstride.plan import Plan, plan
 

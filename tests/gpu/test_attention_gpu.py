@@ -1,0 +1,76 @@
+"""The torch backend on a CUDA device against the float64 reference: outputs, log-sum-exp and gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import longstride as ls
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+PATTERNS = [
+    ls.Causal(),
+    ls.Full(),
+    ls.Local(17),
+    ls.Local(33, lookahead=32),
+    ls.Dilated(9, 4),
+    ls.Strided(16),
+    ls.Strided(16, causal=False),
+    ls.BlockLocal(32),
+    ls.Summary(32, 4),
+    ls.Fixed(32, 8),
+    ls.LogSparse(),
+    ls.Global(5),
+    ls.longformer(32, 4),
+    ls.bigbird(16),
+    ls.RandomBlocks(16, 2),
+    ls.Local(24) | ls.Strided(24),
+    ls.Strided(16) | ls.Fixed(32, 4) | ls.Global(3),
+    ls.per_head(ls.Local(24), ls.Strided(24)),
+]
+LENGTHS = [(256, 256), (203, 203), (1, 150), (77, 200)]
+
+#: (forward, backward): the largest relative error ||a - b|| / ||b|| against float64 on the same rounded inputs.
+TOLERANCE = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-5, 1e-5),
+    torch.float16: (2e-3, 5e-3),
+    torch.bfloat16: (1e-2, 3e-2),
+}
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_torch_backend_on_cuda(pattern: ls.Pattern, dtype: torch.dtype) -> None:
+    for (q_len, kv_len), (head_dim, v_dim, kv_heads) in itertools.product(LENGTHS, [(32, 32, 4), (20, 36, 2)]):
+        torch.manual_seed(q_len + kv_len + head_dim)
+        shapes = ((4, q_len, head_dim), (kv_heads, kv_len, head_dim), (kv_heads, kv_len, v_dim))
+        inputs = [torch.randn(2, *shape, device="cuda", dtype=dtype) for shape in shapes]
+        weight = torch.randn(2, 4, q_len, v_dim, device="cuda", dtype=dtype)
+        lse_weight = torch.randn(2, 4, q_len, device="cuda")
+        results = []
+        for as_dtype, backend in ((dtype, "torch"), (torch.float64, "reference")):
+            leaves = [x.to(as_dtype).requires_grad_() for x in inputs]
+            out, lse = ls.attention(*leaves, pattern, backend=backend, return_lse=True)
+            finite = lse.masked_fill(lse == float("-inf"), 0.0)
+            loss = (out * weight.to(as_dtype)).sum() + (finite * lse_weight).sum()
+            results.append([out, finite, *torch.autograd.grad(loss, leaves)])
+        forward, backward = TOLERANCE[dtype]
+        for index, (found, expected) in enumerate(zip(*results, strict=True)):
+            bound = forward if index < 2 else backward
+            error = relative_error(found, expected)
+            assert error <= bound, (("out", "lse", "dq", "dk", "dv")[index], error, q_len, kv_len, head_dim)
+
+
+def test_nothing_of_size_t_squared() -> None:
+    q, k, v = (torch.randn(1, 2, 65536, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    torch.cuda.reset_peak_memory_stats()
+    ls.attention(q, k, v, ls.Local(256) | ls.Strided(256)).sum().backward()
+    assert torch.cuda.max_memory_allocated() < 65536 * 65536 / 4  # a quarter of one byte a pair of one head
