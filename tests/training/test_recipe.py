@@ -100,7 +100,7 @@ def test_unknown_keys_of_a_file_name_the_file(tmp_path):
         ("run.device", "tpu", "run.device is 'tpu': it must be one of auto, cpu, cuda, mps"),
         ("run.seed", -1, "run.seed is -1: it must not be negative"),
         ("evaluation.max_bytes", "all", "evaluation.max_bytes is 'all': it must be a whole number, or null"),
-        ("evaluation.min_context", 5000, "evaluation.min_context is 5000: it must be at most data.context, 1024"),
+        ("evaluation.min_context", 5000, "evaluation.min_context is 5000: it must be at most data.context, 512"),
         ("model.patterns", [], "model.patterns is empty: name at least one pattern"),
         ("model.patterns", [3], "model.patterns is [3]: it must be a text or a list of texts"),
         ("model.patterns", "Full()", "model.patterns: Full() lets a byte see later bytes: use a causal pattern"),

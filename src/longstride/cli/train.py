@@ -40,7 +40,7 @@ def train(
     context: Annotated[int | None, typer.Option(help="Bytes in a window: how far the model can look back.")] = None,
     pattern: Annotated[
         list[str] | None,
-        typer.Option(help="An attention pattern such as 'Local(32) | Strided(32)'; given again, layers alternate."),
+        typer.Option(help="An attention pattern such as 'Local(32) | Strided(16)'; given again, layers alternate."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="The peak learning rate.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
