@@ -40,7 +40,7 @@ class Case:
 
 
 def check(cases: tuple[Case, ...], device: str, dtype: torch.dtype, bound: float) -> dict[str, float]:
-    """The worst relative error of outputs and gradients against the float64 reference, by pattern; exits above `bound`."""
+    """The worst relative error of outputs and gradients against float64, by pattern; exits above `bound`."""
     errors: dict[str, float] = {}
     for case in cases:
         for pattern in case.patterns:
@@ -166,7 +166,8 @@ def render(result: dict) -> str:
         low, high = row["both_spread_ms"]
         lines.append(
             f"| {row['shape']} | {row['what'].replace('|', chr(92) + '|')} | {row['forward_ms']:.2f} "
-            f"({row['forward_speedup']:.1f}x) | {row['both_ms']:.2f} ({row['both_speedup']:.1f}x) | {low:.2f} to {high:.2f} |"
+            f"({row['forward_speedup']:.1f}x) | {row['both_ms']:.2f} ({row['both_speedup']:.1f}x) "
+            f"| {low:.2f} to {high:.2f} |"
         )
     worst = max(result["errors"].values())
     lines += ["", f"Checked before timing against the float64 reference at T = 700: worst relative error {worst:.1e}."]

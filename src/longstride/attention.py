@@ -164,7 +164,6 @@ _NAMES: dict[Pattern, str] = {}
 _numbers = itertools.count()
 
 
-@torch.compiler.assume_constant_result
 def _name_of(pattern: Pattern) -> str:
     if pattern not in _NAMES:
         text = str(pattern)
@@ -172,6 +171,11 @@ def _name_of(pattern: Pattern) -> str:
         name = text if text not in _PATTERNS else f"{text} #{next(_numbers)}"
         _NAMES[pattern], _PATTERNS[name] = name, pattern
     return _NAMES[pattern]
+
+
+# torch.compiler.assume_constant_result(_name_of), without the second and a half that importing torch._dynamo takes:
+# compiled code keeps the name as a constant and guards on the pattern.
+_name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("longstride::attention", mutates_args=())

@@ -236,7 +236,7 @@ def _empty(term: Term, q_len: int, kv_len: int) -> bool:
 
 def _describe_band(band: Band) -> str:
     if band.lo == 0 and band.hi is None:
-        return "j <= i" if band.dilation == 1 else f"every {band.dilation}th key back"
+        return "j <= i" if band.dilation == 1 else f"keys a multiple of {band.dilation} back"
     low = "" if band.lo is None else f"{band.lo * band.dilation} <= "
     high = "" if band.hi is None else f" <= {band.hi * band.dilation}"
     step = f", a multiple of {band.dilation}" if band.dilation > 1 else ""

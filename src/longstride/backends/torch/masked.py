@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longstride.backends.torch.state import SLAB_SCORES, Gradients, Inputs, Output
+from longstride.backends.torch.state import Gradients, Inputs, Output, slab_scores
 from longstride.backends.torch.tile_math import merge, tile_backward, tile_forward
 from longstride.plan import Listed, Masked
 
@@ -39,8 +39,9 @@ class _Gathered:
 def _gather(inputs: Inputs, tile: Masked | Listed) -> Iterator[_Gathered]:
     device, (q_rows, k_rows) = inputs.q.device, tile.shape
     sequences = inputs.q.shape[0]
-    n_step = min(sequences, max(1, SLAB_SCORES // (q_rows * k_rows)))
-    step = max(1, SLAB_SCORES // (q_rows * k_rows * n_step))
+    most = slab_scores(device)
+    n_step = min(sequences, max(1, most // (q_rows * k_rows)))
+    step = max(1, most // (q_rows * k_rows * n_step))
     for first in range(0, tile.count, step):
         q, k = tile.positions(first, min(first + step, tile.count), device)
         i, j = q.clamp(min=0)[:, :, None], k.clamp(min=0)[:, None, :]

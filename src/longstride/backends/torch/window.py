@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from longstride.backends.torch.state import SLAB_SCORES, Gradients, Inputs, Output, put
+from longstride.backends.torch.state import Gradients, Inputs, Output, put, slab_scores
 from longstride.backends.torch.tile_math import tile_backward, tile_forward
 from longstride.plan import Window
 
@@ -100,10 +100,10 @@ class _Slab:
         return (band & exists.flatten(0, 1)[:, None]).repeat(self.n_high - self.n_low, 1, 1)
 
 
-def _slabs(tile: Window, sequences: int) -> Iterator[_Slab]:
-    scores = tile.scored_pairs // tile.tiles
-    n_step = min(sequences, max(1, SLAB_SCORES // scores))
-    t_step = min(tile.tiles, max(1, SLAB_SCORES // (scores * n_step)))
+def _slabs(tile: Window, q: torch.Tensor) -> Iterator[_Slab]:
+    sequences, scores, most = q.shape[0], tile.scored_pairs // tile.tiles, slab_scores(q.device)
+    n_step = min(sequences, max(1, most // scores))
+    t_step = min(tile.tiles, max(1, most // (scores * n_step)))
     for n_low in range(0, sequences, n_step):
         for t_low in range(0, tile.tiles, t_step):
             yield _Slab(tile, n_low, min(n_low + n_step, sequences), t_low, min(t_low + t_step, tile.tiles))
@@ -111,7 +111,7 @@ def _slabs(tile: Window, sequences: int) -> Iterator[_Slab]:
 
 def window_forward(inputs: Inputs, tile: Window, result: Output, first: bool) -> None:
     dtype = result.out.dtype
-    for slab in _slabs(tile, inputs.q.shape[0]):
+    for slab in _slabs(tile, inputs.q):
         q, k, v = slab.take_queries(inputs.q, dtype), slab.take_keys(inputs.k, dtype), slab.take_keys(inputs.v, dtype)
         out, lse = tile_forward(q, k, v, inputs.scale, slab.allowed(q.device))
         low, high = slab.rows
@@ -121,7 +121,7 @@ def window_forward(inputs: Inputs, tile: Window, result: Output, first: bool) ->
 
 def window_backward(inputs: Inputs, tile: Window, grads: Gradients) -> None:
     dtype = grads.q.dtype
-    for slab in _slabs(tile, inputs.q.shape[0]):
+    for slab in _slabs(tile, inputs.q):
         q, k, v = slab.take_queries(inputs.q, dtype), slab.take_keys(inputs.k, dtype), slab.take_keys(inputs.v, dtype)
         grad_out, lse, delta = (slab.take_queries(x, dtype) for x in (grads.grad_out, grads.lse, grads.delta))
         grad_q, grad_k, grad_v = tile_backward(q, k, v, grad_out, lse, delta, inputs.scale, slab.allowed(q.device))
