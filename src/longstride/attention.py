@@ -175,7 +175,7 @@ def _name_of(pattern: Pattern) -> str:
 
 # torch.compiler.assume_constant_result(_name_of), without the second and a half that importing torch._dynamo takes:
 # compiled code keeps the name as a constant and guards on the pattern.
-_name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_name_of.__dict__["_dynamo_marked_constant"] = True
 
 
 @torch.library.custom_op("longstride::attention", mutates_args=())
