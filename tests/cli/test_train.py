@@ -116,14 +116,18 @@ def test_finished_run_does_not_train_again_but_finishes_what_was_lost(here):
     assert (here / "a/samples.txt").read_text() == before
 
 
-def test_ctrl_c_before_the_training_says_what_to_type(monkeypatch):
+def test_ctrl_c_before_the_training_says_what_to_type_and_that_works(here, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longstride.data.prepare", interrupted)
-    result = train("--data", "text.txt", "--output", "a", *TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr("longstride.data.prepare", interrupted)
+        result = train("--data", "text.txt", "--output", "a", *TINY)
     assert result.exit_code == 130
     assert result.output.rstrip().endswith("Interrupted.\nTo go on: longstride train --output a --resume")
+    result = train("--output", "a", "--resume")
+    assert result.exit_code == 0, result.output
+    assert json.loads((here / "a/evaluation.json").read_text())["step"] == 4
 
 
 def test_help_names_every_flag_and_the_folder_content():

@@ -40,7 +40,10 @@ def train(
     context: Annotated[int | None, typer.Option(help="Bytes in a window: how far the model can look back.")] = None,
     pattern: Annotated[
         list[str] | None,
-        typer.Option(help="An attention pattern such as 'Local(32) | Strided(16)'; given again, layers alternate."),
+        typer.Option(
+            metavar="PATTERN",
+            help="An attention pattern such as 'Local(32) | Strided(16)'; given again, layers alternate.",
+        ),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="The peak learning rate.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
@@ -52,7 +55,11 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard event files too.")] = False,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any other value of the recipe, such as --set model.hidden_size=256; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any other value of the recipe, such as --set model.hidden_size=256; repeatable.",
+        ),
     ] = None,
 ) -> None:
     """Train a Sparse Transformer on bytes.
