@@ -19,8 +19,9 @@ EXACT = 1e-10
 #: A result in a lower precision may err so many times as much as the same computation done plainly in that dtype.
 TIMES_PLAIN = {"out": 2.0, "lse": 2.0, "grad_q": 3.0, "grad_k": 3.0, "grad_v": 3.0}
 
-#: And so much besides, relative to the largest number of the truth: where the plain error is all but zero by luck.
-FLOOR = {torch.float32: 2e-7, torch.bfloat16: 1e-3, torch.float16: 2e-4}
+#: And so much besides, relative to the largest number of the truth: a few roundings, for where the plain computation
+#: happens to make none (a softmax over one key).
+FLOOR = {torch.float32: 5e-7, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
 
 
 # ---- plans --------------------------------------------------------------------------------------------------------
