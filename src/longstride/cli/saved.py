@@ -19,6 +19,7 @@ def load_model(folder: Path, device: "torch.device") -> "SparseTransformerForCau
         CheckpointError: there are only damaged checkpoints.
     """
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
     from longstride.models import SparseTransformerForCausalLM
     from longstride.training import RunFolder, latest_sound
@@ -31,6 +32,8 @@ def load_model(folder: Path, device: "torch.device") -> "SparseTransformerForCau
         raise ArgumentError(
             f"{folder} holds no model: name the --output folder of a training, or one that save_pretrained wrote"
         )
+    # Reading a few small files needs no bar.
+    logging.disable_progress_bar()
     try:
         return SparseTransformerForCausalLM.from_pretrained(found).to(device).eval()
     except (OSError, ValueError, SafetensorError) as error:
