@@ -88,8 +88,8 @@ class ByteTrainer(Trainer):
         earlier = list_checkpoints(self.checkpoints)
         remains = f"{earlier[-1].folder} is still whole" if earlier else "there is no earlier one"
         return (
-            f"the checkpoint of step {step} could not be written to {self.checkpoints}: {why}. {remains[0].upper()}"
-            f"{remains[1:]}; free some space, then add --resume to the command to go on"
+            f"the checkpoint of step {step} could not be written to {self.checkpoints}: {why}; {remains}. "
+            "Free some space, then add --resume to the command to go on"
         )
 
 
