@@ -112,7 +112,7 @@ class KeyGroup:
 def _member(position: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tensor:
     if tokens == tuple(range(len(tokens))):  # the usual case, "the first n", is one comparison
         return position < len(tokens)
-    return torch.isin(position, torch.tensor(tokens, device=position.device))
+    return (position[..., None] == torch.tensor(tokens, device=position.device)).any(-1)
 
 
 @dataclass(frozen=True)
