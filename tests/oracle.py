@@ -6,11 +6,13 @@ The truth is `pattern.allows` and the dense softmax, never a plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import longstride as ls
+from longstride.backends import torch as torch_backend
 from longstride.plan import Dense, Listed, Masked, Part, Shifts, Tile, Window, tiles
 
 #: The largest difference that two ways of computing the same float64 numbers may show.
@@ -22,6 +24,30 @@ TIMES_PLAIN = {"out": 2.0, "lse": 2.0, "grad_q": 3.0, "grad_k": 3.0, "grad_v": 3
 #: And so much besides, relative to the largest number of the truth: a few roundings, for where the plain computation
 #: happens to make none (a softmax over one key).
 FLOOR = {torch.float32: 5e-7, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+
+
+# ---- patterns -----------------------------------------------------------------------------------------------------
+
+
+def assert_mask_is(pattern: ls.Pattern, formula: Callable[[int, int], bool]) -> None:
+    """The mask against a rule for two ints, over lengths that strides and blocks divide or not."""
+    for q_len, kv_len in ((1, 1), (2, 2), (23, 23), (32, 32), (1, 37), (9, 40)):
+        wanted = [[bool(formula(i, j)) for j in range(kv_len)] for i in range(kv_len - q_len, kv_len)]
+        assert pattern.mask(q_len, kv_len).tolist() == wanted, f"{pattern} at {q_len}, {kv_len}"
+
+
+def assert_counts_its_pairs(pattern: ls.Pattern, q_len: int, kv_len: int, heads: int | None = None) -> None:
+    counted, there = pattern.pairs(q_len, kv_len, heads=heads), int(pattern.mask(q_len, kv_len, heads=heads).sum())
+    assert counted == there, f"{pattern} at {q_len}, {kv_len}: {counted} pairs, not {there}"
+
+
+def assert_keeps_what_is_read(pattern: ls.Pattern, now: int, later: int, exactly: bool = False) -> None:
+    """`retained` against the keys that the queries now .. later - 1 read; `exactly` these, or at least these."""
+    kept, read = pattern.retained(now), pattern.mask(later)[..., now:, :now].any(-2)
+    assert kept.dtype == torch.bool
+    assert kept.shape == read.shape
+    assert not (read & ~kept).any(), f"{pattern} drops a key at {now} that is still read"
+    assert not exactly or torch.equal(kept, read), f"{pattern} keeps a key at {now} that nobody reads"
 
 
 # ---- plans --------------------------------------------------------------------------------------------------------
@@ -115,6 +141,30 @@ def assert_plan_is_sound(pattern: ls.Pattern, q_len: int, kv_len: int, heads: in
         assert_tiles_are_the_part(part, q_len, kv_len)
 
 
+class ScoreCounter(TorchDispatchMode):
+    """Multiplications of matrix products and of the fused attention operator, a causal triangle counted as one."""
+
+    multiplications = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+            *batch, rows, inner = args[0].shape
+            self.multiplications += math.prod(batch) * rows * inner * args[1].shape[-1]
+        elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            (*batch, rows, dim), keys, causal = args[0].shape, args[1].shape[-2], args[4:5] == (True,)
+            self.multiplications += 2 * math.prod(batch) * dim * (rows * (rows + 1) // 2 if causal else rows * keys)
+        return func(*args, **(kwargs or {}))
+
+
+def assert_scores_what_it_says(pattern: ls.Pattern, q_len: int, kv_len: int) -> None:
+    """`scored_pairs` against the matrix products that the torch backend makes."""
+    q, k, v = (x.detach() for x in make_inputs(3, 2, 2, q_len, kv_len, dim=8))
+    with ScoreCounter() as counter:
+        torch_backend.forward(q, k, v, pattern, 0.3)
+    # Two products a score, q with k and weights with v, of eight numbers each.
+    assert counter.multiplications / 16 == 3 * ls.plan(pattern, q_len, kv_len, 2).scored_pairs
+
+
 # ---- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -151,14 +201,14 @@ def plain(
 
 
 def results(
-    compute: object,
+    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     inputs: Sequence[torch.Tensor],
     *,
     through_lse: bool = True,
     seed: int = 1,
 ) -> dict[str, torch.Tensor]:
     """out, lse and the gradients of a random weighting of both (the lse of rows without keys has none)."""
-    out, lse = compute(*inputs)  # type: ignore[operator]
+    out, lse = compute(*inputs)
     random = torch.Generator().manual_seed(seed)
     loss = (out * torch.randn(out.shape, generator=random, dtype=torch.float64).to(out.dtype)).sum()
     if through_lse:
@@ -168,7 +218,7 @@ def results(
     return dict(zip(TIMES_PLAIN, (out.detach(), lse.detach(), *grads), strict=True))
 
 
-def attend(pattern: ls.Pattern, backend: str | None, scale: float | None = None) -> object:
+def attend(pattern: ls.Pattern, backend: str | None, scale: float | None = None) -> Callable[..., tuple]:
     return lambda q, k, v: ls.attention(q, k, v, pattern, scale=scale, backend=backend, return_lse=True)
 
 

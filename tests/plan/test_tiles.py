@@ -1,32 +1,12 @@
 """Tiles: every pair of a part scored once, and `scored_pairs` honest about the rest."""
 
-import math
-
 import pytest
-import torch
 from hypothesis import given, settings
-from tests.oracle import assert_tiles_are_the_part, make_inputs
+from tests.oracle import assert_scores_what_it_says, assert_tiles_are_the_part
 from tests.strategies import ATOMS, joined, lengths, patterns
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import longstride as ls
-from longstride.backends import torch as torch_backend
 from longstride.plan import Dense, tiles
-
-
-class ScoreCounter(TorchDispatchMode):
-    """Multiplications of matrix products and of the fused attention operator, a causal triangle counted as one."""
-
-    multiplications = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
-            *batch, rows, inner = args[0].shape
-            self.multiplications += math.prod(batch) * rows * inner * args[1].shape[-1]
-        elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
-            (*batch, rows, dim), keys, causal = args[0].shape, args[1].shape[-2], args[4:5] == (True,)
-            self.multiplications += 2 * math.prod(batch) * dim * (rows * (rows + 1) // 2 if causal else rows * keys)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("left", ATOMS, ids=str)
@@ -98,11 +78,7 @@ def test_a_plan_scores_at_least_what_is_allowed(pattern, size):
 @pytest.mark.parametrize("size", [(200, 200), (50, 200)])
 def test_the_torch_backend_scores_the_pairs_that_the_plan_says(pattern, size):
     """Counted where the products are made, so that `scored_pairs` can be believed."""
-    q, k, v = (x.detach() for x in make_inputs(3, 2, 2, *size, dim=8))
-    with ScoreCounter() as counter:
-        torch_backend.forward(q, k, v, pattern, 0.3)
-    # Two products a score, q with k and weights with v, of eight numbers each.
-    assert counter.multiplications / 16 == 3 * ls.plan(pattern, *size, 2).scored_pairs
+    assert_scores_what_it_says(pattern, *size)
 
 
 def test_dense_tiles_hold_no_pair_that_does_not_count():
