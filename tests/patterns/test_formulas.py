@@ -65,7 +65,7 @@ FORMULAS = [
 @pytest.mark.parametrize(
     ("make", "formula", "arguments"),
     [(make, formula, arguments) for make, formula, cases in FORMULAS for arguments in cases],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_mask_is_the_formula(make, formula, arguments):
     assert_mask_is(make(*arguments), lambda i, j: formula(i, j, *arguments))
