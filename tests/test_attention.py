@@ -300,13 +300,16 @@ def test_autocast_lowers_float32_as_for_dense_attention(backend, dtype):
     inputs = [x.detach().float().requires_grad_() for x in make_inputs(1, 2, 2, 30, 30, 8)]
     lowered = [x.detach().to(dtype).requires_grad_() for x in inputs]
     with torch.autocast("cpu", dtype=dtype):
-        out = ls.attention(*inputs, MERGED, backend=backend)
+        out, lse = ls.attention(*inputs, MERGED, backend=backend, return_lse=True)
         assert out.dtype == F.scaled_dot_product_attention(*inputs).dtype == dtype
         mixed = ls.attention(lowered[0], *inputs[1:], MERGED, backend=backend)
         with torch.autocast("cpu", enabled=False):
             assert ls.attention(*inputs, MERGED, backend=backend).dtype == torch.float32
         assert ls.attention(*(x.double() for x in inputs), MERGED, backend=backend).dtype == torch.float64
-    wanted = ls.attention(*lowered, MERGED, backend=backend)
+    # Softmax and sums stay in float32, as without autocast.
+    wanted, wanted_lse = ls.attention(*lowered, MERGED, backend=backend, return_lse=True)
+    assert lse.dtype == torch.float32
+    assert torch.equal(lse, wanted_lse)
     assert torch.equal(out, wanted)
     assert torch.equal(mixed, wanted)
     grads = torch.autograd.grad(out.float().sum(), inputs)

@@ -177,6 +177,6 @@ def test_a_number_beyond_all_lengths_is_an_error_in_one_sentence():
 
 def test_a_long_union_is_read_at_once():
     text = " | ".join(f"Local({window})" for window in range(1, 200))
-    start = time.perf_counter()
+    start = time.thread_time()
     assert str(ls.parse(text)) == text
-    assert time.perf_counter() - start < 2.0
+    assert time.thread_time() - start < 2.0

@@ -149,11 +149,11 @@ LONG = [
 @pytest.mark.parametrize("pattern", LONG, ids=str)
 def test_a_million_positions_are_planned_at_once(pattern):
     seconds = []
-    for _ in range(5):  # the best of a few: the machine may be busy with something else
+    for _ in range(5):  # the best of a few, in time of this thread: the machine may be busy
         ls.plan.cache_clear()
-        start = time.perf_counter()
+        start = time.thread_time()
         made = ls.plan(pattern, T)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
     assert min(seconds) < 10e-3
     assert made.parts
 
