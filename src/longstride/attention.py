@@ -79,7 +79,12 @@ def attention(
         ArgumentError: shapes, dtypes or devices that do not fit together.
         UnsupportedError: no backend, or not the named one, takes the request.
     """
-    q, k, v = _autocast(q, k, v)
+    if _autocast_on(q):
+        device = q.device.type
+        q, k, v = _autocast(q, k, v)
+        # Softmax and sums stay in float32: nothing inside is cast again.
+        with torch.autocast(device, enabled=False):
+            return attention(q, k, v, pattern, scale=scale, backend=backend, return_lse=return_lse)
     _check(q, k, v, pattern, scale)
     request = Request(pattern, tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device.type)
     chosen = _choose(request, backend)
@@ -94,13 +99,18 @@ def attention(
 # ---- validation ---------------------------------------------------------------------------------------------------
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Under autocast float32 inputs go to its dtype, as for `scaled_dot_product_attention`."""
-    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+def _autocast_on(q: torch.Tensor) -> bool:
+    if not isinstance(q, torch.Tensor):
+        return False
+    device = q.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Inputs in autocast's dtype, as for `scaled_dot_product_attention`; float64 stays."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    narrow = (torch.float16, torch.bfloat16, torch.float32)
+    return [x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in narrow else x for x in tensors]
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float | None) -> None:
@@ -130,6 +140,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, 
         raise ArgumentError(f"{shapes}: {q.shape[1]} heads must be a multiple of {k.shape[1]} kv_heads")
     if q.shape[2] > k.shape[2]:
         raise ArgumentError(f"{shapes}: the queries are the last q_len positions, so q_len must be at most kv_len")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise ArgumentError(f"scale={scale!r}: it must be a number, or None for 1 / sqrt(head_dim)")
     if scale is not None and not math.isfinite(scale):
         raise ArgumentError(f"scale={scale}: it must be finite")
 
@@ -296,7 +308,8 @@ def explain(
     Returns:
         An `Explanation`; ``str()`` of it is what was printed.
     """
-    q, k, v = _autocast(q, k, v)
+    if _autocast_on(q):
+        q, k, v = _autocast(q, k, v)
     _check(q, k, v, pattern, scale)
     request = Request(pattern, tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device.type)
     if backend is not None and backend not in BACKENDS:

@@ -45,6 +45,11 @@ class _Joined(Pattern):
     def bind(self, kv_len: int) -> Pattern:
         return type(self)(tuple(member.bind(kv_len) for member in self.patterns))
 
+    def _retained(self, next_position: int) -> list[torch.Tensor]:
+        # A row for every head where heads differ; members with fewer rows serve equal groups.
+        kept, heads = [member.retained(next_position) for member in self.patterns], self.num_heads or 1
+        return [rows if rows.dim() == 1 else rows.repeat_interleave(heads // len(rows), 0) for rows in kept]
+
     def _allowed(self, i: torch.Tensor, j: torch.Tensor) -> list[torch.Tensor]:
         # Members that tell heads apart put a head axis in front; give the others one to match.
         heads = self.num_heads
@@ -65,7 +70,7 @@ class Union(_Joined):
         return all(member.is_causal for member in self.patterns)
 
     def retained(self, next_position: int) -> torch.Tensor:
-        return functools.reduce(operator.or_, (member.retained(next_position) for member in self.patterns))
+        return functools.reduce(operator.or_, self._retained(next_position))
 
     def terms(self) -> tuple[Term, ...]:
         return tuple(dict.fromkeys(term for member in self.patterns for term in member.terms()))
@@ -87,7 +92,7 @@ class Intersection(_Joined):
 
     def retained(self, next_position: int) -> torch.Tensor:
         # A key that one member has finished with is finished; a key that each may still read might be kept too long.
-        return functools.reduce(operator.and_, (member.retained(next_position) for member in self.patterns))
+        return functools.reduce(operator.and_, self._retained(next_position))
 
     def terms(self) -> tuple[Term, ...]:
         joined: list[Term] = [Term()]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longstride.patterns.base import Pattern, whole
+from longstride.patterns.base import Pattern, cached, flag, whole
 from longstride.patterns.regions import CAUSAL, Band, Powers, Term
 
 
@@ -26,7 +26,7 @@ class _Banded(Pattern):
         return least is not None and least >= 0
 
     def retained(self, next_position: int) -> torch.Tensor:
-        band, j = self.band(), torch.arange(next_position)
+        band, j = self.band(), cached(next_position)
         # The first present or future query in j's residue class is the nearest that can read it.
         distance = -((j - next_position) // band.dilation)
         return torch.ones_like(j, dtype=torch.bool) if band.hi is None else distance <= band.hi
@@ -167,6 +167,7 @@ class Strided(_Banded):
 
     def __post_init__(self) -> None:
         whole("Strided", "stride", self.stride, 1)
+        flag("Strided", "causal", self.causal)
 
     def band(self) -> Band:
         return Band(self.stride, 0 if self.causal else None, None)
@@ -199,6 +200,7 @@ class LogSparse(Pattern):
 
     def __post_init__(self) -> None:
         whole("LogSparse", "base", self.base, 2)
+        flag("LogSparse", "causal", self.causal)
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         allowed = Powers(self.base).allows(i, j)

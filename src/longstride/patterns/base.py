@@ -10,7 +10,7 @@ import torch
 
 from longstride.errors import PatternError
 from longstride.patterns.counting import count_union
-from longstride.patterns.regions import Rule, Term
+from longstride.patterns.regions import FARTHEST, Rule, Term
 
 
 class Pattern:
@@ -58,7 +58,7 @@ class Pattern:
         Returns:
             bool [next_position]. A subclass that does not say keeps every key, which is always safe.
         """
-        return torch.ones(_length("next_position", next_position, least=0), dtype=torch.bool)
+        return torch.ones_like(cached(next_position), dtype=torch.bool)
 
     def terms(self) -> tuple[Term, ...]:
         """The pattern as a union of regular regions, the form that plans and exact counts are made from."""
@@ -92,7 +92,7 @@ class Pattern:
             bool [q_len, kv_len]; [heads, q_len, kv_len] when `heads` is given or the pattern is per head. The queries
             are the last `q_len` of the `kv_len` positions.
         """
-        q_len, kv_len = _lengths(q_len, kv_len)
+        q_len, kv_len = lengths(q_len, kv_len)
         heads = self.num_heads if heads is None else heads
         j = torch.arange(kv_len)
         i = j[kv_len - q_len :, None]
@@ -106,7 +106,7 @@ class Pattern:
 
         Closed forms for the built-in patterns and their unions and intersections, milliseconds at 2^20 positions.
         """
-        q_len, kv_len = _lengths(q_len, kv_len)
+        q_len, kv_len = lengths(q_len, kv_len)
         heads = self.num_heads if heads is None else heads
         rules = (self,) if heads is None else self.split_heads(heads)
         counts: dict[Pattern, int] = {}
@@ -209,7 +209,21 @@ def whole(owner: str, name: str, value: Any, least: int) -> int:
         raise PatternError(f"{owner}({name}={value!r}): {name} must be a whole number")
     if value < least:
         raise PatternError(f"{owner}({name}={value}): {name} must be at least {least}")
+    if value > FARTHEST:
+        raise PatternError(f"{owner}({name}={value}): {name} must be at most 2**62, as positions are")
     return value
+
+
+def flag(owner: str, name: str, value: Any) -> bool:
+    """`value` as True or False, or a PatternError that names owner, field and value."""
+    if not isinstance(value, bool):
+        raise PatternError(f"{owner}({name}={value!r}): {name} must be True or False")
+    return value
+
+
+def cached(next_position: int) -> torch.Tensor:
+    """The key positions 0 .. next_position - 1 that a cache may hold."""
+    return torch.arange(_length("next_position", next_position, least=0))
 
 
 def _length(name: str, value: int, least: int = 1) -> int:
@@ -218,7 +232,8 @@ def _length(name: str, value: int, least: int = 1) -> int:
     return value
 
 
-def _lengths(q_len: int, kv_len: int | None) -> tuple[int, int]:
+def lengths(q_len: int, kv_len: int | None) -> tuple[int, int]:
+    """(q_len, kv_len), kv_len as q_len where not given, or a PatternError that names what is wrong."""
     q_len = _length("q_len", q_len)
     kv_len = q_len if kv_len is None else _length("kv_len", kv_len)
     if q_len > kv_len:

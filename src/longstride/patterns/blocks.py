@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from longstride.errors import PatternError
-from longstride.patterns.base import Pattern, whole
+from longstride.patterns.base import Pattern, cached, flag, whole
 from longstride.patterns.regions import CAUSAL, BlockTable, KeyGroup, SameBlock, Term
 
 
@@ -39,6 +39,7 @@ class BlockLocal(Pattern):
 
     def __post_init__(self) -> None:
         whole("BlockLocal", "block", self.block, 1)
+        flag("BlockLocal", "causal", self.causal)
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         same = i // self.block == j // self.block
@@ -49,7 +50,7 @@ class BlockLocal(Pattern):
         return self.causal or self.block == 1
 
     def retained(self, next_position: int) -> torch.Tensor:
-        return torch.arange(next_position) // self.block == next_position // self.block
+        return cached(next_position) // self.block == next_position // self.block
 
     def terms(self) -> tuple[Term, ...]:
         return (Term.of(SameBlock(self.block), CAUSAL) if self.causal else Term.of(SameBlock(self.block)),)
@@ -103,7 +104,7 @@ class Summary(Pattern):
         return True
 
     def retained(self, next_position: int) -> torch.Tensor:
-        j = torch.arange(next_position)
+        j = cached(next_position)
         return self._group().allows(j, j)
 
     def terms(self) -> tuple[Term, ...]:
@@ -195,7 +196,10 @@ class RandomBlocks(Pattern):
         whole("RandomBlocks", "block", self.block, 1)
         whole("RandomBlocks", "count", self.count, 1)
         whole("RandomBlocks", "seed", self.seed, 0)
+        flag("RandomBlocks", "causal", self.causal)
         whole("RandomBlocks", "head", self.head, 0)
+        if self.blocks is not None:
+            whole("RandomBlocks", "blocks", self.blocks, 1)
 
     def bind(self, kv_len: int) -> Pattern:
         return self if self.causal else replace(self, blocks=-(-kv_len // self.block))
@@ -213,6 +217,7 @@ class RandomBlocks(Pattern):
         Returns:
             int64 [*q_block.shape, count]: distinct blocks; -1 where there are fewer than `count`.
         """
+        q_block = q_block.to(torch.int64)  # the hash needs the room
         available = q_block + 1 if self.causal else torch.full_like(q_block, blocks or 1)
         chosen: list[torch.Tensor] = []
         # Floyd's sampling: `count` distinct values out of `available`, in `count` steps, for all query blocks at once.
@@ -355,7 +360,7 @@ class BlockSparse(Pattern):
 
     def retained(self, next_position: int) -> torch.Tensor:
         covered = self.table.shape[-2] * self.block
-        if next_position >= covered:
+        if len(cached(next_position)) >= covered:
             return torch.zeros(*self.table.shape[:-2], next_position, dtype=torch.bool)
         kept = self.table[..., next_position // self.block :, :].any(-2).repeat_interleave(self.block, -1)
         missing = max(0, next_position - kept.shape[-1])

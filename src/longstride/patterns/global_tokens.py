@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from longstride.errors import PatternError
-from longstride.patterns.base import Pattern, whole
+from longstride.patterns.base import Pattern, cached, flag, whole
 from longstride.patterns.regions import CAUSAL, KeyList, QueryList, Term
+
+#: Each global position is listed, and costs a whole row and a whole column of the matrix.
+MOST_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,8 +40,13 @@ class Global(Pattern):
     causal: bool = True
 
     def __post_init__(self) -> None:
+        flag("Global", "causal", self.causal)
         if isinstance(self.tokens, int):
             whole("Global", "tokens", self.tokens, 1)
+            if self.tokens > MOST_TOKENS:
+                raise PatternError(
+                    f"Global(tokens={self.tokens}): at most {MOST_TOKENS} positions can be global; for more use Full()"
+                )
             return
         tokens = self.tokens
         if not isinstance(tokens, tuple | list) or not tokens:
@@ -61,7 +69,7 @@ class Global(Pattern):
         return self.causal
 
     def retained(self, next_position: int) -> torch.Tensor:
-        j, tokens = torch.arange(next_position), self.positions()
+        j, tokens = cached(next_position), self.positions()
         # A global query that is still to come reads everything before it.
         return torch.ones_like(j, dtype=torch.bool) if tokens[-1] >= next_position else KeyList(tokens).allows(j, j)
 

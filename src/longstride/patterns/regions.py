@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from longstride.patterns.base import Pattern
 
 
+#: No position lies farther than this, so offsets beyond it need not be told apart (and fit in int64).
+FARTHEST = 2**62
+
+
 class Region(Protocol):
     """A set of (query, key) pairs given by its membership rule."""
 
@@ -34,10 +38,10 @@ class Band:
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         offset = i - j
         allowed = offset % self.dilation == 0 if self.dilation > 1 else torch.ones_like(offset, dtype=torch.bool)
-        if self.lo is not None:
-            allowed = allowed & (offset >= self.lo * self.dilation)
-        if self.hi is not None:
-            allowed = allowed & (offset <= self.hi * self.dilation)
+        if self.least is not None:
+            allowed = allowed & (offset >= max(-FARTHEST, min(FARTHEST, self.least)))
+        if self.most is not None:
+            allowed = allowed & (offset <= max(-FARTHEST, min(FARTHEST, self.most)))
         return allowed
 
     @property
@@ -52,7 +56,7 @@ class Band:
 
     def intersect(self, other: Band) -> Band | None:
         """Multiples of both dilations within both ranges: a band again, or None when nothing is left."""
-        dilation = math.lcm(self.dilation, other.dilation)
+        dilation = min(math.lcm(self.dilation, other.dilation), FARTHEST)
         least = [bound for bound in (self.least, other.least) if bound is not None]
         most = [bound for bound in (self.most, other.most) if bound is not None]
         lo = -(-max(least) // dilation) if least else None

@@ -21,6 +21,9 @@ from longstride.patterns.algebra import Intersection, PerHead, Union, per_head
 from longstride.patterns.base import Pattern
 
 _TOKEN = re.compile(r"\s*(?:(?P<number>-?\d+)|(?P<name>[A-Za-z_]\w*)|(?P<sign>[()|&,=]))")
+#: What no pattern of use needs more of; text may come from anywhere.
+MOST_NESTED, MOST_DIGITS = 100, 40
+
 _WORDS = {"True": True, "False": False, "None": None}
 _JOINS = {Union.__name__, Intersection.__name__, PerHead.__name__}
 
@@ -55,6 +58,7 @@ class _Reader:
             at = found.end()
         self.tokens.append(("end", "", len(text)))
         self.next = 0
+        self.depth = 0
 
     def read(self) -> Pattern:
         pattern = self._union()
@@ -79,16 +83,20 @@ class _Reader:
             raise self._error(f"expected {sign!r}, found {word or 'the end'!r}", at)
 
     def _union(self) -> Pattern:
-        pattern = self._intersection()
+        self.depth += 1
+        if self.depth > MOST_NESTED:
+            raise self._error(f"patterns nested more than {MOST_NESTED} deep", self.tokens[self.next][2])
+        members = [self._intersection()]
         while self._take("|"):
-            pattern = pattern | self._intersection()
-        return pattern
+            members.append(self._intersection())
+        self.depth -= 1
+        return Union.of(*members)
 
     def _intersection(self) -> Pattern:
-        pattern = self._atom()
+        members = [self._atom()]
         while self._take("&"):
-            pattern = pattern & self._atom()
-        return pattern
+            members.append(self._atom())
+        return Intersection.of(*members)
 
     def _atom(self) -> Pattern:
         if self._take("("):
@@ -137,8 +145,7 @@ class _Reader:
     def _value(self) -> Any:
         kind, word, at = self.tokens[self.next]
         if kind == "number":
-            self.next += 1
-            return int(word)
+            return self._number()
         if kind == "name" and word in _WORDS:
             self.next += 1
             return _WORDS[word]
@@ -159,9 +166,14 @@ class _Reader:
                 self._expect(",")
                 if self._take(")"):
                     break
-            kind, word, at = self.tokens[self.next]
-            if kind != "number":
-                raise self._error(f"expected a number, found {word or 'the end'!r}", at)
-            numbers.append(int(word))
-            self.next += 1
+            numbers.append(self._number())
         return tuple(numbers)
+
+    def _number(self) -> int:
+        kind, word, at = self.tokens[self.next]
+        if kind != "number":
+            raise self._error(f"expected a number, found {word or 'the end'!r}", at)
+        if len(word) > MOST_DIGITS:
+            raise self._error(f"a number of {len(word)} digits: numbers must be at most 2**62", at)
+        self.next += 1
+        return int(word)

@@ -21,8 +21,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from longstride.errors import PatternError
-from longstride.patterns.base import Pattern
+from longstride.patterns.base import Pattern, lengths
 from longstride.patterns.counting import count_without
 from longstride.patterns.regions import (
     Band,
@@ -135,11 +134,7 @@ def plan(pattern: Pattern, q_len: int, kv_len: int | None = None, num_heads: int
     Returns:
         A `Plan`, cached by its arguments. It costs arithmetic on the pattern alone, not on the length.
     """
-    kv_len = q_len if kv_len is None else kv_len
-    if not 1 <= q_len <= kv_len:
-        raise PatternError(
-            f"q_len={q_len}, kv_len={kv_len}: the queries are the last q_len positions: 1 <= q_len <= kv_len"
-        )
+    q_len, kv_len = lengths(q_len, kv_len)
     num_heads = (pattern.num_heads or 1) if num_heads is None else num_heads
     shared: dict[Pattern, list[int]] = {}
     for head, rule in enumerate(pattern.split_heads(num_heads)):
