@@ -124,8 +124,24 @@ def test_only_what_wants_gradients_gets_them():
 def test_a_second_derivative_is_refused_not_wrong():
     q, k, v = make_inputs(1, 2, 2, 12, 12)
     (grad,) = torch.autograd.grad(ls.attention(q, k, v, MERGED).sin().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(ls.UnsupportedError, match="no second derivatives: pass backend='reference'"):
         torch.autograd.grad(grad.square().sum(), q)
+
+
+def test_forward_mode_is_refused_not_zero():
+    q, k, v = (x.detach() for x in make_inputs(1, 2, 2, 12, 12))
+    with pytest.raises(ls.UnsupportedError, match="no forward-mode derivatives: pass backend='reference'"):
+        torch.func.jvp(lambda q: ls.attention(q, k, v, MERGED), (q,), (q,))
+    _, tangent = torch.func.jvp(lambda q: ls.attention(q, k, v, MERGED, backend="reference"), (q,), (q,))
+    assert tangent.abs().max() > 0
+
+
+def test_the_backward_may_run_under_autocast():
+    q, k, v = make_inputs(1, 2, 2, 40, 40, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for pattern in (ls.Local(5), ls.Fixed(8, 2), ls.Global(3), ls.LogSparse()):
+            ls.attention(q, k, v, pattern).float().sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
 
 
 # ---- scale and log-sum-exp ----------------------------------------------------------------------------------------

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
+from torch.autograd import forward_ad
 
 from longstride.backends import reference
 from longstride.backends import torch as torch_backend
 from longstride.backends.request import Request
 from longstride.errors import ArgumentError, UnsupportedError
-from longstride.patterns import Pattern
+from longstride.patterns import Pattern, parse
+from longstride.patterns.base import constant_when_compiled
 from longstride.plan import plan
 
 #: The backends, the one to prefer first. `reference` is for checking: it is never chosen, only named.
@@ -80,23 +83,32 @@ def attention(
         UnsupportedError: no backend, or not the named one, takes the request.
     """
     if _autocast_on(q):
-        device = q.device.type
         q, k, v = _autocast(q, k, v)
-        # Softmax and sums stay in float32: nothing inside is cast again.
-        with torch.autocast(device, enabled=False):
+        with _no_autocast(q):
             return attention(q, k, v, pattern, scale=scale, backend=backend, return_lse=return_lse)
     _check(q, k, v, pattern, scale)
     request = Request(pattern, tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device.type)
     chosen = _choose(request, backend)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if chosen != "reference" and _has_tangent(q, k, v):
+        raise UnsupportedError(
+            f"the {chosen} backend has no forward-mode derivatives: pass backend='reference', which has"
+        )
     if chosen == "reference":
         out, lse = reference.forward(q, k, v, pattern, scale)
     else:
-        out, lse = torch.ops.longstride.attention(q, k, v, _name_of(pattern), scale)
+        out, lse = torch.ops.longstride.attention(q, k, v, _name_of(pattern) if pattern.exists else str(pattern), scale)
     return (out, lse) if return_lse else out
 
 
 # ---- validation ---------------------------------------------------------------------------------------------------
+
+
+def _has_tangent(*tensors: torch.Tensor) -> bool:
+    """True under forward-mode differentiation, which would find no formula and silently give zeros."""
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _autocast_on(q: torch.Tensor) -> bool:
@@ -104,6 +116,11 @@ def _autocast_on(q: torch.Tensor) -> bool:
         return False
     device = q.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _no_autocast(q: torch.Tensor) -> AbstractContextManager:
+    """Softmax and sums stay in float32: nothing inside is cast again. A backward may run under autocast as well."""
+    return torch.autocast(q.device.type, enabled=False) if _autocast_on(q) else nullcontext()
 
 
 def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -129,6 +146,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, 
             raise ArgumentError(f"{name} has shape {list(x.shape)}: every dim must be at least 1")
     if not isinstance(pattern, Pattern):
         raise ArgumentError(f"pattern is {pattern!r}: it must be a Pattern; longstride.parse(text) makes one of a text")
+    if type(pattern).__hash__ is None:
+        raise ArgumentError(f"pattern {pattern}: a pattern is a fixed value: declare it @dataclass(frozen=True)")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ArgumentError(f"{shapes}: q, k and v must have one batch size")
@@ -148,7 +167,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, 
 
 def _choose(request: Request, backend: str | None) -> str:
     if backend is not None:
-        if backend not in BACKENDS:
+        if not isinstance(backend, str) or backend not in BACKENDS:
             raise ArgumentError(f"backend={backend!r}: known backends are {', '.join(map(repr, BACKENDS))}")
         if refusals := BACKENDS[backend].refusals(request):
             raise UnsupportedError(_refusal_text(request, f"backend {backend!r} was asked for, but {refusals[0]}"))
@@ -176,6 +195,7 @@ _NAMES: dict[Pattern, str] = {}
 _numbers = itertools.count()
 
 
+@constant_when_compiled
 def _name_of(pattern: Pattern) -> str:
     if pattern not in _NAMES:
         text = str(pattern)
@@ -185,16 +205,19 @@ def _name_of(pattern: Pattern) -> str:
     return _NAMES[pattern]
 
 
-# torch.compiler.assume_constant_result(_name_of), without the second and a half that importing torch._dynamo takes:
-# compiled code keeps the name as a constant and guards on the pattern.
-_name_of.__dict__["_dynamo_marked_constant"] = True
+def _pattern_of(name: str) -> Pattern:
+    if name not in _PATTERNS:
+        # Made inside compiled code, where only its text was known.
+        _PATTERNS[name] = parse(name)
+    return _PATTERNS[name]
 
 
 @torch.library.custom_op("longstride::attention", mutates_args=())
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: str, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch_backend.forward(q, k, v, _PATTERNS[pattern], scale)
+    with _no_autocast(q):
+        return torch_backend.forward(q, k, v, _pattern_of(pattern), scale)
 
 
 @_attention.register_fake
@@ -215,7 +238,8 @@ def _attention_backward(
     pattern: str,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch_backend.backward(grad_out, grad_lse, q, k, v, out, lse, _PATTERNS[pattern], scale)
+    with _no_autocast(q):
+        return torch_backend.backward(grad_out, grad_lse, q, k, v, out, lse, _pattern_of(pattern), scale)
 
 
 @_attention_backward.register_fake
@@ -239,6 +263,13 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tens
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _refuse_second_derivative(_ctx: Any, *_grads: Any) -> Any:
+    raise UnsupportedError("the torch backend has no second derivatives: pass backend='reference', which has")
+
+
+_attention_backward.register_autograd(_refuse_second_derivative)
 
 
 # ---- explain ------------------------------------------------------------------------------------------------------
@@ -312,8 +343,6 @@ def explain(
         q, k, v = _autocast(q, k, v)
     _check(q, k, v, pattern, scale)
     request = Request(pattern, tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device.type)
-    if backend is not None and backend not in BACKENDS:
-        raise ArgumentError(f"backend={backend!r}: known backends are {', '.join(map(repr, BACKENDS))}")
     explanation = describe(request, backend)
     print(explanation)
     return explanation

@@ -73,6 +73,25 @@ def test_a_plain_class_has_a_text_too():
     assert isinstance(ls.parse("Mirror()"), Mirror)
 
 
+class Hidden(ls.Pattern):
+    def __init__(self, step: int = 2) -> None:
+        self.step = step
+
+    def allows(self, i, j):
+        return (j <= i) & (j % self.step == 0)
+
+
+def test_a_text_that_would_not_say_all_is_no_text_to_parse():
+    assert str(Hidden(8)) == "Hidden(...)"
+    with pytest.raises(ls.PatternError):
+        ls.parse(str(Hidden(8)))
+
+
+def test_a_class_may_not_take_the_name_of_a_built_in_pattern():
+    with pytest.raises(ls.PatternError, match="class Local: the name is that of a built-in pattern"):
+        type("Local", (ls.Pattern,), {})
+
+
 def test_causality_is_found_by_looking():
     assert EvenKeys(3).is_causal
     assert not Mirror().is_causal

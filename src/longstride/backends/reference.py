@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from longstride.backends.request import Request, accumulator
+from longstride.backends.request import DTYPES, Request, accumulator
 from longstride.patterns import Pattern
 
 name = "reference"
 
 
 def refusals(request: Request) -> list[str]:
-    if not request.dtype.is_floating_point:
-        return [f"dtype {request.dtype} is not floating point"]
+    if request.dtype not in DTYPES:
+        return [f"dtype {request.dtype} is none of float16, bfloat16, float32, float64"]
     return []
 
 

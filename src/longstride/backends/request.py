@@ -47,6 +47,10 @@ class Request:
         return self.v_shape[3]
 
 
+#: What every backend takes, unless it says otherwise.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 class Backend(Protocol):
     """What runs a plan."""
 

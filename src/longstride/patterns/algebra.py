@@ -88,7 +88,12 @@ class Intersection(_Joined):
 
     @property
     def is_causal(self) -> bool:
-        return any(member.is_causal for member in self.patterns)
+        if any(member.is_causal for member in self.patterns):
+            return True
+        # Together they may leave nothing ahead although each has something there.
+        return self.num_heads is None and all(
+            (term.span.least or 0) >= 0 and term.span.least is not None for term in self.terms()
+        )
 
     def retained(self, next_position: int) -> torch.Tensor:
         # A key that one member has finished with is finished; a key that each may still read might be kept too long.
@@ -128,8 +133,9 @@ class PerHead(Pattern):
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         """As `Pattern.allows`, with a head axis of len(patterns) in front."""
+        i, j = torch.as_tensor(i), torch.as_tensor(j)
         shape = torch.broadcast_shapes(i.shape, j.shape)
-        return torch.stack([member.allows(i, j).expand(shape) for member in self.patterns])
+        return torch.stack([rule.allows(i, j).expand(shape) for rule in self.split_heads(len(self.patterns))])
 
     @property
     def is_causal(self) -> bool:

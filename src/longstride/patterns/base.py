@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -24,8 +25,20 @@ class Pattern:
     #: Pattern classes by name, so that `parse` reads the text of user-made patterns too.
     registered: ClassVar[dict[str, type[Pattern]]] = {}
 
+    #: False for a pattern that torch.compile is tracing the making of: there is no such value yet, only its text.
+    exists: ClassVar[bool] = False
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        if not torch.compiler.is_compiling():
+            object.__setattr__(made, "exists", True)
+        return made
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = Pattern.registered.get(cls.__name__)
+        if known is not None and known.__module__.startswith("longstride.") and cls.__module__ != known.__module__:
+            raise PatternError(f"class {cls.__name__}: the name is that of a built-in pattern; choose another")
         if not cls.__name__.startswith("_"):
             Pattern.registered[cls.__name__] = cls
 
@@ -93,13 +106,14 @@ class Pattern:
             are the last `q_len` of the `kv_len` positions.
         """
         q_len, kv_len = lengths(q_len, kv_len)
-        heads = self.num_heads if heads is None else heads
-        j = torch.arange(kv_len)
-        i = j[kv_len - q_len :, None]
-        if heads is None:
-            return self.bind(kv_len).allows(i, j).expand(q_len, kv_len)
-        rules = [pattern.bind(kv_len) for pattern in self.split_heads(heads)]
-        return torch.stack([rule.allows(i, j).expand(q_len, kv_len) for rule in rules])
+        heads = self.num_heads if heads is None else _length("heads", heads)
+        with torch.device("cpu"):
+            j = torch.arange(kv_len)
+            i = j[kv_len - q_len :, None]
+            if heads is None:
+                return self.bind(kv_len).allows(i, j).expand(q_len, kv_len)
+            rules = [pattern.bind(kv_len) for pattern in self.split_heads(heads)]
+            return torch.stack([rule.allows(i, j).expand(q_len, kv_len) for rule in rules])
 
     def pairs(self, q_len: int, kv_len: int | None = None, *, heads: int | None = None) -> int:
         """How many pairs are allowed: ``mask(q_len, kv_len).sum()`` without building the mask.
@@ -107,12 +121,13 @@ class Pattern:
         Closed forms for the built-in patterns and their unions and intersections, milliseconds at 2^20 positions.
         """
         q_len, kv_len = lengths(q_len, kv_len)
-        heads = self.num_heads if heads is None else heads
+        heads = self.num_heads if heads is None else _length("heads", heads)
         rules = (self,) if heads is None else self.split_heads(heads)
         counts: dict[Pattern, int] = {}
-        for rule in rules:
-            if rule not in counts:
-                counts[rule] = count_union(rule.bind(kv_len).terms(), q_len, kv_len)
+        with torch.device("cpu"):
+            for rule in rules:
+                if rule not in counts:
+                    counts[rule] = count_union(rule.bind(kv_len).terms(), q_len, kv_len)
         return sum(counts[rule] for rule in rules)
 
     def density(self, length: int) -> float:
@@ -131,14 +146,15 @@ class Pattern:
 
     def __str__(self) -> str:
         if not dataclasses.is_dataclass(self):
-            return f"{type(self).__name__}()"
+            # What the attributes mean is not known, so this is no text that `parse` would take for the whole truth.
+            return f"{type(self).__name__}({'...' if vars(self) else ''})"
         words = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.default is dataclasses.MISSING:
+        for name, required, default in _fields(type(self)):
+            value = getattr(self, name)
+            if required:
                 words.append(str(value))
-            elif value != field.default:
-                words.append(f"{field.name}={value}")
+            elif value != default:
+                words.append(f"{name}={value}")
         return f"{type(self).__name__}({', '.join(words)})"
 
     def __repr__(self) -> str:
@@ -156,6 +172,25 @@ class Pattern:
 
     def __bool__(self) -> bool:
         raise PatternError(f"{self}: a pattern is neither true nor false; join patterns with | and &, not or and and")
+
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """Have torch.compile call `function` while it traces and keep what it returns.
+
+    This is `torch.compiler.assume_constant_result` without the second and a half that importing torch._dynamo takes.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+@constant_when_compiled
+def _fields(cls: Any) -> tuple[tuple[str, bool, Any], ...]:
+    """(name, whether it has no default, the default) of a dataclass's fields."""
+    fields = dataclasses.fields(cls)
+    return tuple(
+        (f.name, f.default is dataclasses.MISSING, None if f.default is dataclasses.MISSING else f.default)
+        for f in fields
+    )
 
 
 def reach(patterns: Sequence[Pattern], length: int) -> torch.Tensor:
@@ -205,8 +240,9 @@ def layers_to_reach(patterns: Sequence[Pattern], length: int, most: int = 4096) 
 
 def whole(owner: str, name: str, value: Any, least: int) -> int:
     """`value` as a whole number of at least `least`, or a PatternError that names owner, field and value."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise PatternError(f"{owner}({name}={value!r}): {name} must be a whole number")
+    value = operator.index(value)
     if value < least:
         raise PatternError(f"{owner}({name}={value}): {name} must be at least {least}")
     if value > FARTHEST:
@@ -223,13 +259,13 @@ def flag(owner: str, name: str, value: Any) -> bool:
 
 def cached(next_position: int) -> torch.Tensor:
     """The key positions 0 .. next_position - 1 that a cache may hold."""
-    return torch.arange(_length("next_position", next_position, least=0))
+    return torch.arange(_length("next_position", next_position, least=0), device="cpu")
 
 
 def _length(name: str, value: int, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
         raise PatternError(f"{name}={value!r}: must be a whole number of at least {least}")
-    return value
+    return operator.index(value)
 
 
 def lengths(q_len: int, kv_len: int | None) -> tuple[int, int]:

@@ -232,7 +232,7 @@ class RandomBlocks(Pattern):
         return torch.stack(chosen, -1)
 
     def block_allows(self, q_block: torch.Tensor, kv_block: torch.Tensor) -> torch.Tensor:
-        blocks = self.blocks
+        q_block, kv_block, blocks = torch.as_tensor(q_block), torch.as_tensor(kv_block), self.blocks
         if blocks is None and not self.causal:
             blocks = int(kv_block.max()) + 1
         draws = self.draws(q_block, blocks)
@@ -243,7 +243,9 @@ class RandomBlocks(Pattern):
 
     def block_pairs(self, q_len: int, kv_len: int) -> torch.Tensor:
         q_block = torch.arange((kv_len - q_len) // self.block, -(-kv_len // self.block))
-        draws = self.draws(q_block, -(-kv_len // self.block)).sort(-1).values
+        blocks = -(-kv_len // self.block)
+        # All there are is as many as can be drawn.
+        draws = replace(self, count=min(self.count, blocks)).draws(q_block, blocks).sort(-1).values
         pairs = torch.stack([q_block[:, None].expand_as(draws), draws], -1).flatten(0, 1)
         return pairs[pairs[:, 1] >= 0]
 
@@ -263,7 +265,7 @@ class RandomBlocks(Pattern):
 def _hash(seed: int, head: int, q_block: torch.Tensor, step: int) -> torch.Tensor:
     """A 32-bit counter-based hash in int64 arithmetic, the same on every device (constants: lowbias32, C. Wellons)."""
     mixed = torch.full_like(q_block, seed & 0xFFFFFFFF)
-    for word in (head, q_block, step):
+    for word in (seed >> 32, head, q_block, step):
         mixed = (mixed ^ word) & 0xFFFFFFFF
         mixed = mixed ^ (mixed >> 16)
         mixed = (mixed * 0x7FEB352D) & 0xFFFFFFFF
@@ -343,6 +345,7 @@ class BlockSparse(Pattern):
         return tuple(rules[head * layouts // num_heads] for head in range(num_heads))
 
     def block_allows(self, q_block: torch.Tensor, kv_block: torch.Tensor) -> torch.Tensor:
+        q_block = torch.as_tensor(q_block)
         return self.table.to(q_block.device)[..., q_block, kv_block]
 
     def block_pairs(self, q_len: int, kv_len: int) -> torch.Tensor:

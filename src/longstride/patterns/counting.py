@@ -20,6 +20,7 @@ from longstride.patterns.regions import (
     Rule,
     SameBlock,
     Term,
+    without_contained,
 )
 
 #: Pairs evaluated at once where a rule has to be evaluated: 2^22 bools.
@@ -28,7 +29,7 @@ SLAB = 1 << 22
 
 def count_union(terms: Sequence[Term], q_len: int, kv_len: int, start: Term | None = None) -> int:
     """Pairs in at least one of `terms` (and in `start`, where given): |A or B| = |A| + |B| - |A and B| ..."""
-    total = 0
+    total, terms = 0, without_contained(terms)
     for index, term in enumerate(terms):
         joined = term if start is None else start.intersect(term)
         if joined is None:
@@ -127,12 +128,19 @@ def _count_rows(term: Term, q_len: int, kv_len: int) -> int:
     tokens = [token for token in term.find(QueryList)[0].tokens if kv_len - q_len <= token < kv_len]
     rows = torch.tensor(tokens, dtype=torch.int64)
     keys = [region for region in term.regions if isinstance(region, KeyGroup | KeyList)]
-    if keys:
-        return _count_grid(term, rows, keys[0].positions(kv_len))
     first, last = torch.zeros_like(rows), torch.full_like(rows, kv_len - 1)
     for region in term.find(SameBlock):
         start = rows // region.block * region.block
         first, last = torch.maximum(first, start), torch.minimum(last, start + region.block - 1)
+    if len(keys) == 1 and (term.band is None or term.band.dilation == 1):
+        if term.band is not None and term.band.most is not None:
+            first = torch.maximum(first, rows - term.band.most)
+        if term.band is not None and term.band.least is not None:
+            last = torch.minimum(last, rows - term.band.least)
+        inside = last >= first
+        return int((keys[0].count_before(last + 1) - keys[0].count_before(first))[inside].sum())
+    if keys:
+        return _count_grid(term, rows, keys[0].positions(kv_len))
     return int(_progression(term.band, rows - last, rows - first).sum())
 
 
@@ -157,10 +165,12 @@ def _count_table(table: BlockTable, term: Term, q_len: int, kv_len: int) -> int:
     others = [region for region in term.regions if region != table]
     first = kv_len - q_len
     whole = (pairs[:, 0] * block >= first) & ((pairs + 1).amax(1) * block <= kv_len)
+    total = 0
     if others:
-        whole = torch.zeros_like(whole)
+        pairs, total = _settle_blocks(pairs[whole], pairs[~whole], term, others, block)
+        whole = torch.zeros(len(pairs), dtype=torch.bool)
     apart, times = torch.unique((pairs[whole, 0] - pairs[whole, 1]) * block, return_counts=True)
-    total = int((_block_pairs_in_band(apart, term.band, block) * times).sum())
+    total += int((_block_pairs_in_band(apart, term.band, block) * times).sum())
     place = torch.arange(block)
     step = max(1, SLAB // (block * block))
     for slab in pairs[~whole].split(step):
@@ -169,6 +179,38 @@ def _count_table(table: BlockTable, term: Term, q_len: int, kv_len: int) -> int:
         inside = (i >= first) & (i < kv_len) & (j < kv_len)
         total += int((term.allows(i.clamp(max=kv_len - 1), j.clamp(max=kv_len - 1)) & inside).sum())
     return total
+
+
+def _settle_blocks(
+    whole: torch.Tensor, cut: torch.Tensor, term: Term, others: list, block: int
+) -> tuple[torch.Tensor, int]:
+    """(block pairs that have to be looked at, pairs in the others).
+
+    Where a whole block pair lies inside the band, and in one block of every `SameBlock` or in none, what is left are
+    rules on keys or on queries alone: so many queries times so many keys.
+    """
+    query, key = whole[:, 0] * block, whole[:, 1] * block
+    least, most = query - key - (block - 1), query - key + (block - 1)
+    band = term.band or Band(1, None, None)
+    inside = torch.full_like(query, band.dilation == 1, dtype=torch.bool)
+    outside = torch.zeros_like(inside)
+    if band.least is not None:
+        inside, outside = inside & (least >= band.least), outside | (most < band.least)
+    if band.most is not None:
+        inside, outside = inside & (most <= band.most), outside | (least > band.most)
+    queries, keys = torch.full_like(query, block), torch.full_like(query, block)
+    for region in others:
+        if isinstance(region, SameBlock):
+            size = region.block
+            one = (torch.minimum(query, key) // size) == ((torch.maximum(query, key) + block - 1) // size)
+            apart = ((query + block - 1) // size < key // size) | ((key + block - 1) // size < query // size)
+            inside, outside = inside & one, outside | apart
+        elif isinstance(region, KeyGroup | KeyList) and len(others) == len(term.find(SameBlock)) + 1:
+            keys = region.count_before(key + block) - region.count_before(key)
+        else:
+            inside = torch.zeros_like(inside)
+    settled = int((queries * keys)[inside & ~outside].sum())
+    return torch.cat([whole[~inside & ~outside], cut]), settled
 
 
 def _block_pairs_in_band(apart: torch.Tensor, band: Band | None, block: int) -> torch.Tensor:

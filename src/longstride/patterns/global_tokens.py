@@ -41,9 +41,10 @@ class Global(Pattern):
 
     def __post_init__(self) -> None:
         flag("Global", "causal", self.causal)
-        if isinstance(self.tokens, int):
-            whole("Global", "tokens", self.tokens, 1)
-            if self.tokens > MOST_TOKENS:
+        if hasattr(self.tokens, "__index__"):
+            first = whole("Global", "tokens", self.tokens, 1)
+            object.__setattr__(self, "tokens", first)
+            if first > MOST_TOKENS:
                 raise PatternError(
                     f"Global(tokens={self.tokens}): at most {MOST_TOKENS} positions can be global; for more use Full()"
                 )
@@ -51,9 +52,7 @@ class Global(Pattern):
         tokens = self.tokens
         if not isinstance(tokens, tuple | list) or not tokens:
             raise PatternError(f"Global(tokens={tokens!r}): tokens must be a whole number or a tuple of positions")
-        for token in tokens:
-            whole("Global", "token", token, 0)
-        object.__setattr__(self, "tokens", tuple(sorted(set(tokens))))
+        object.__setattr__(self, "tokens", tuple(sorted({whole("Global", "token", token, 0) for token in tokens})))
 
     def positions(self) -> tuple[int, ...]:
         """The global positions, ascending."""

@@ -7,6 +7,7 @@ new pattern needs no code there.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -36,7 +37,7 @@ class Band:
     hi: int | None
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        offset = i - j
+        offset = torch.as_tensor(i - j)
         allowed = offset % self.dilation == 0 if self.dilation > 1 else torch.ones_like(offset, dtype=torch.bool)
         if self.least is not None:
             allowed = allowed & (offset >= max(-FARTHEST, min(FARTHEST, self.least)))
@@ -104,18 +105,27 @@ class KeyGroup:
     stop: int
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        i, j = torch.as_tensor(i), torch.as_tensor(j)
         place = j % self.block
         return ((place >= self.start) & (place < self.stop)).expand(torch.broadcast_shapes(i.shape, j.shape))
 
     def positions(self, kv_len: int) -> torch.Tensor:
         blocks = torch.arange(0, kv_len, self.block)[:, None]
-        keys = (blocks + torch.arange(self.start, self.stop)).flatten()
+        keys = (blocks + torch.arange(self.start, max(self.start, min(self.stop, kv_len)))).flatten()
         return keys[keys < kv_len]
+
+    def count_before(self, position: torch.Tensor) -> torch.Tensor:
+        """How many of the group's positions lie before `position`, elementwise."""
+        blocks, place = position // self.block, position % self.block
+        return blocks * (self.stop - self.start) + (place - self.start).clamp(0, self.stop - self.start)
 
 
 def _member(position: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tensor:
     if tokens == tuple(range(len(tokens))):  # the usual case, "the first n", is one comparison
         return position < len(tokens)
+    if len(tokens) > 32:
+        return torch.isin(position, torch.tensor(tokens, device=position.device))
+    # Few comparisons can be traced and vectorised (as a mask_mod), which isin cannot.
     return (position[..., None] == torch.tensor(tokens, device=position.device)).any(-1)
 
 
@@ -126,10 +136,15 @@ class KeyList:
     tokens: tuple[int, ...]
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        i, j = torch.as_tensor(i), torch.as_tensor(j)
         return _member(j, self.tokens).expand(torch.broadcast_shapes(i.shape, j.shape))
 
     def positions(self, kv_len: int) -> torch.Tensor:
         return torch.tensor([token for token in self.tokens if token < kv_len], dtype=torch.int64)
+
+    def count_before(self, position: torch.Tensor) -> torch.Tensor:
+        """How many of the listed positions lie before `position`, elementwise."""
+        return torch.searchsorted(torch.tensor(self.tokens), position)
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,7 @@ class QueryList:
     tokens: tuple[int, ...]
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        i, j = torch.as_tensor(i), torch.as_tensor(j)
         return _member(i, self.tokens).expand(torch.broadcast_shapes(i.shape, j.shape))
 
 
@@ -157,7 +173,7 @@ class Powers:
         return tuple(found)
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        distance = (i - j).abs()
+        distance = torch.as_tensor(i - j).abs()
         allowed = distance == 0
         for power in self.distances(2**62)[1:]:
             allowed = allowed | (distance == power)
@@ -283,6 +299,15 @@ def _narrow(regions: list[Region], new: Region) -> bool:
             return start < stop
     regions.append(new)
     return True
+
+
+def without_contained(terms: Sequence[Term]) -> list[Term]:
+    """`terms` less those that another one holds whole: the same union."""
+    kept: list[Term] = []
+    for term in terms:
+        if not any(other.contains(term) for other in kept):
+            kept = [other for other in kept if not term.contains(other)] + [term]
+    return kept
 
 
 def _implies(narrow: Region, wide: Region) -> bool:

@@ -155,7 +155,9 @@ class _Reader:
         if kind == "name" and word.startswith("table_"):
             raise self._error(f"no table {word!r} was given; pass parse(text, tables=pattern.tables())", at)
         if word == "(" and self.tokens[self.next + 1][0] == "number":
-            return self._numbers()
+            numbers = self._numbers()
+            # As in Python, it is the comma that makes a tuple of one.
+            return numbers[0] if len(numbers) == 1 and self.tokens[self.next - 2][1] != "," else numbers
         return self._union()
 
     def _numbers(self) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from longstride.patterns.base import Pattern, lengths
+from longstride.errors import PatternError
+from longstride.patterns.base import Pattern, lengths, whole
 from longstride.patterns.counting import count_without
 from longstride.patterns.regions import (
     Band,
@@ -33,6 +34,7 @@ from longstride.patterns.regions import (
     Rule,
     SameBlock,
     Term,
+    without_contained,
 )
 
 #: The kinds of part, in the order in which a plan lays them.
@@ -67,7 +69,8 @@ class Part:
     def pairs(self, q_len: int, kv_len: int | None = None) -> int:
         """How many pairs the part has, exactly."""
         skipped = (Term.of(QueryList(self.skip_rows)),) if self.skip_rows else ()
-        return count_without(self.term, self.minus + skipped, q_len, q_len if kv_len is None else kv_len)
+        with torch.device("cpu"):
+            return count_without(self.term, self.minus + skipped, *lengths(q_len, kv_len))
 
     def __str__(self) -> str:
         words = [_describe_band(self.term.band)] if self.term.band is not None else []
@@ -134,21 +137,21 @@ def plan(pattern: Pattern, q_len: int, kv_len: int | None = None, num_heads: int
     Returns:
         A `Plan`, cached by its arguments. It costs arithmetic on the pattern alone, not on the length.
     """
+    if not isinstance(pattern, Pattern):
+        raise PatternError(f"plan({pattern!r}): it must be a Pattern; longstride.parse(text) makes one of a text")
     q_len, kv_len = lengths(q_len, kv_len)
-    num_heads = (pattern.num_heads or 1) if num_heads is None else num_heads
+    num_heads = (pattern.num_heads or 1) if num_heads is None else whole("plan", "num_heads", num_heads, 1)
     shared: dict[Pattern, list[int]] = {}
     for head, rule in enumerate(pattern.split_heads(num_heads)):
         shared.setdefault(rule.bind(kv_len), []).append(head)
-    groups = tuple((tuple(heads), _disjoint(rule.terms(), q_len, kv_len)) for rule, heads in shared.items())
+    with torch.device("cpu"):
+        groups = tuple((tuple(heads), _disjoint(rule.terms(), q_len, kv_len)) for rule, heads in shared.items())
     return Plan(pattern, q_len, kv_len, groups)
 
 
 def _disjoint(terms: tuple[Term, ...], q_len: int, kv_len: int) -> tuple[Part, ...]:
     """Lay the terms one after another, each less what is laid already."""
-    kept: list[Term] = []
-    for term in terms:
-        if not any(other.contains(term) for other in kept):
-            kept = [other for other in kept if not term.contains(other)] + [term]
+    kept = without_contained(terms)
     order = {term: _cheapest_kind(term, q_len, kv_len) for term in kept}
     kept.sort(key=lambda term: (KINDS.index(order[term]), bool(term.find(KeyList)), term.span.dilation))
     parts: list[Part] = []

@@ -30,7 +30,8 @@ def tiles(part: Part, q_len: int, kv_len: int) -> tuple[Tile, ...]:
         "Columns": _columns,
         "Table": _table,
     }[part.kind]
-    return tuple(cut(part, q_len, kv_len))
+    with torch.device("cpu"):
+        return tuple(cut(part, q_len, kv_len))
 
 
 def _queries(q_len: int, kv_len: int, rows: int = ROWS) -> Grid:

@@ -82,7 +82,7 @@ class ScheduleRecipe:
         gradient_accumulation_steps: batches that one update sums over.
     """
 
-    steps: int = 3000
+    steps: int = 2200
     warmup_steps: int = 60
     batch_size: int = 2
     gradient_accumulation_steps: int = 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from longstride.backends.request import Request, accumulator
+from longstride.backends.request import DTYPES, Request, accumulator
 from longstride.backends.torch.engine import run_backward, run_forward
 from longstride.backends.torch.fused import kernel
 from longstride.backends.torch.state import Gradients, Inputs
@@ -17,11 +17,9 @@ from longstride.plan import Plan, plan
 
 name = "torch"
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def refusals(request: Request) -> list[str]:
-    if request.dtype not in _DTYPES:
+    if request.dtype not in DTYPES:
         return [f"dtype {request.dtype} is none of float16, bfloat16, float32, float64"]
     return []
 

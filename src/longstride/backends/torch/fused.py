@@ -39,9 +39,14 @@ def kernel(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     if device_type == "cpu" and _has("flash-cpu"):
         return "flash-cpu"
     half = dtype in (torch.float16, torch.bfloat16)
-    if device_type == "cuda" and half and head_dim <= 256 and torch.version.hip is None and _has("flash-cuda"):
+    if device_type == "cuda" and half and head_dim <= 256 and _has("flash-cuda") and _ampere():
         return "flash-cuda"
     return "plain"
+
+
+def _ampere() -> bool:
+    """True on NVIDIA devices from compute capability 8.0 on, which the flash kernels need."""
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def fused_forward(
@@ -82,7 +87,8 @@ def fused_backward(
     """
     chosen = kernel(q.device.type, q.dtype, q.shape[-1] + (grad_lse is not None))
     dim = q.shape[-1]
-    if chosen == "plain":
+    if chosen == "plain" or (grad_lse is not None and q.dtype == torch.float16):
+        # In float16 a column of grad_lse could overflow, as under loss scaling.
         return _plain_backward(grad_out, q, k, v, lse, delta, scale, causal)
     if scale <= 0:
         grad_q, grad_k, grad_v = fused_backward(

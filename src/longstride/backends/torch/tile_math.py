@@ -51,7 +51,8 @@ def tile_backward(
     Source: Dao 2022, FlashAttention, Algorithm 4, with the log-sum-exp and delta of the whole softmax.
     """
     q = q * scale
-    weights = torch.matmul(q, k.transpose(-1, -2)).sub_(lse[..., None]).exp_()
+    # A weight is at most 1; a score too large for its own rounding must not make it infinite.
+    weights = torch.matmul(q, k.transpose(-1, -2)).sub_(lse[..., None]).clamp_(max=0.0).exp_()
     if allowed is not None:
         weights = weights.masked_fill_(~allowed, 0.0)
     grad_v = torch.matmul(weights.transpose(-1, -2), grad_out)
