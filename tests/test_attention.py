@@ -128,6 +128,7 @@ def test_a_second_derivative_is_refused_not_wrong():
         torch.autograd.grad(grad.square().sum(), q)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch's own, of jvp
 def test_forward_mode_is_refused_not_zero():
     q, k, v = (x.detach() for x in make_inputs(1, 2, 2, 12, 12))
     with pytest.raises(ls.UnsupportedError, match="no forward-mode derivatives: pass backend='reference'"):

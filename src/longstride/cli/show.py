@@ -57,6 +57,8 @@ def _show_pattern(text: str, length: int | None, heads: int | None, output: Path
     length = _length_to_see([pattern]) if length is None else length
     # A terminal that cannot print block characters gets letters.
     ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    if heads is not None and heads < 1:
+        raise ArgumentError(f"--heads {heads}: it must be at least 1")
     typer.echo(draw_terminal(pattern, length, num_heads=heads, ascii_only=ascii_only))
     plot_pattern(pattern, length, output, num_heads=heads)
 

@@ -41,6 +41,7 @@ def train(
     pattern: Annotated[
         list[str] | None,
         typer.Option(
+            "--pattern",
             metavar="PATTERN",
             help="An attention pattern such as 'Local(32) | Strided(16)'; given again, layers alternate.",
         ),

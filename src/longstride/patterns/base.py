@@ -147,7 +147,7 @@ class Pattern:
     def __str__(self) -> str:
         if not dataclasses.is_dataclass(self):
             # What the attributes mean is not known, so this is no text that `parse` would take for the whole truth.
-            return f"{type(self).__name__}({'...' if vars(self) else ''})"
+            return f"{type(self).__name__}({'...' if vars(self).keys() - {'exists'} else ''})"
         words = []
         for name, required, default in _fields(type(self)):
             value = getattr(self, name)

@@ -13,10 +13,10 @@ from longstride.backends.torch.tile_math import merge
 def slab_scores(device: torch.device) -> int:
     """How many scores a slab of tiles holds at once.
 
-    On a CPU 2 MB of float32, which stay in a core's cache between the products that use them; elsewhere 256 MB, which
+    On a CPU 2 MB of float32, which stay in a core's cache between the products that use them; elsewhere 64 MB, which
     keep the launches few.
     """
-    return 1 << 19 if device.type == "cpu" else 1 << 26
+    return 1 << 19 if device.type == "cpu" else 1 << 24
 
 
 @dataclass
