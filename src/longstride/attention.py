@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, overload
 
 import torch
@@ -16,7 +16,7 @@ from longstride.backends import torch as torch_backend
 from longstride.backends.request import Request
 from longstride.errors import ArgumentError, UnsupportedError
 from longstride.patterns import Pattern, parse
-from longstride.patterns.base import constant_when_compiled
+from longstride.patterns.base import name_of, named
 from longstride.plan import plan
 
 #: The backends, the one to prefer first. `reference` is for checking: it is never chosen, only named.
@@ -97,7 +97,9 @@ def attention(
     if chosen == "reference":
         out, lse = reference.forward(q, k, v, pattern, scale)
     else:
-        out, lse = torch.ops.longstride.attention(q, k, v, _name_of(pattern) if pattern.exists else str(pattern), scale)
+        # Inside compiled code that makes the pattern itself, only its text is there.
+        name = pattern.name or (name_of(pattern) if pattern.exists else str(pattern))
+        out, lse = torch.ops.longstride.attention(q, k, v, name, scale)
     return (out, lse) if return_lse else out
 
 
@@ -189,26 +191,11 @@ def _refusal_text(request: Request, what: str) -> str:
 # PyTorch's operators take no Python values, so a pattern travels by a name that is looked up again inside. The name is
 # a plain string, which torch.compile treats as a constant of the graph.
 
-_PATTERNS: dict[str, Pattern] = {}
-_NAMES: dict[Pattern, str] = {}
-_numbers = itertools.count()
 
-
-@constant_when_compiled
-def _name_of(pattern: Pattern) -> str:
-    if pattern not in _NAMES:
-        text = str(pattern)
-        # Two patterns that are not equal may still read alike, when a user's own class hides its settings.
-        name = text if text not in _PATTERNS else f"{text} #{next(_numbers)}"
-        _NAMES[pattern], _PATTERNS[name] = name, pattern
-    return _NAMES[pattern]
-
-
-def _pattern_of(name: str) -> Pattern:
-    if name not in _PATTERNS:
-        # Made inside compiled code, where only its text was known.
-        _PATTERNS[name] = parse(name)
-    return _PATTERNS[name]
+@lru_cache(maxsize=256)
+def _pattern(name: str) -> Pattern:
+    pattern = named(name)
+    return parse(name) if pattern is None else pattern
 
 
 @torch.library.custom_op("longstride::attention", mutates_args=())
@@ -216,7 +203,7 @@ def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: str, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with _no_autocast(q):
-        return torch_backend.forward(q, k, v, _pattern_of(pattern), scale)
+        return torch_backend.forward(q, k, v, _pattern(pattern), scale)
 
 
 @_attention.register_fake
@@ -238,7 +225,7 @@ def _attention_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with _no_autocast(q):
-        return torch_backend.backward(grad_out, grad_lse, q, k, v, out, lse, _pattern_of(pattern), scale)
+        return torch_backend.backward(grad_out, grad_lse, q, k, v, out, lse, _pattern(pattern), scale)
 
 
 @_attention_backward.register_fake

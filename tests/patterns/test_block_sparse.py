@@ -47,7 +47,7 @@ def test_the_table_is_copied():
 def test_the_text_names_the_table_and_tables_gives_it():
     table = random_table(1, 4)
     pattern = ls.BlockSparse(table, 4) & ls.Causal() | ls.BlockSparse(~table, 4) & ls.Local(3)
-    assert set(pattern.tables()) == {ls.BlockSparse(t, 4).name for t in (table, ~table)}
+    assert set(pattern.tables()) == {ls.BlockSparse(t, 4).table_name for t in (table, ~table)}
     assert ls.parse(str(pattern), pattern.tables()) == pattern
     assert ls.per_head(pattern, ls.Local(3)).tables().keys() == pattern.tables().keys()
     assert ls.Local(3).tables() == {}

@@ -130,6 +130,7 @@ class PerHead(Pattern):
                 raise PatternError(
                     f"per_head({member}): a member must not be per head itself; list its patterns instead"
                 )
+        super().__post_init__()
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         """As `Pattern.allows`, with a head axis of len(patterns) in front."""

@@ -99,6 +99,7 @@ class Local(_Banded):
     def __post_init__(self) -> None:
         whole("Local", "window", self.window, 1)
         whole("Local", "lookahead", self.lookahead, 0)
+        super().__post_init__()
 
     def band(self) -> Band:
         return Band(1, -self.lookahead, self.window - 1)
@@ -135,6 +136,7 @@ class Dilated(_Banded):
         whole("Dilated", "window", self.window, 1)
         whole("Dilated", "dilation", self.dilation, 1)
         whole("Dilated", "lookahead", self.lookahead, 0)
+        super().__post_init__()
 
     def band(self) -> Band:
         return Band(self.dilation, -self.lookahead, self.window - 1)
@@ -168,6 +170,7 @@ class Strided(_Banded):
     def __post_init__(self) -> None:
         whole("Strided", "stride", self.stride, 1)
         flag("Strided", "causal", self.causal)
+        super().__post_init__()
 
     def band(self) -> Band:
         return Band(self.stride, 0 if self.causal else None, None)
@@ -201,6 +204,7 @@ class LogSparse(Pattern):
     def __post_init__(self) -> None:
         whole("LogSparse", "base", self.base, 2)
         flag("LogSparse", "causal", self.causal)
+        super().__post_init__()
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         allowed = Powers(self.base).allows(i, j)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -28,11 +28,23 @@ class Pattern:
     #: False for a pattern that torch.compile is tracing the making of: there is no such value yet, only its text.
     exists: ClassVar[bool] = False
 
+    #: What a compiled graph calls the pattern: its text, or "" where that does not say all.
+    name: ClassVar[str] = ""
+
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
         made = super().__new__(cls)
         if not torch.compiler.is_compiling():
             object.__setattr__(made, "exists", True)
         return made
+
+    def __post_init__(self) -> None:
+        """Every dataclass ends here, its fields set and checked."""
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "name", _name(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The name may stand for something that only this process knows.
+        return {key: value for key, value in vars(self).items() if key != "name"}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -147,7 +159,7 @@ class Pattern:
     def __str__(self) -> str:
         if not dataclasses.is_dataclass(self):
             # What the attributes mean is not known, so this is no text that `parse` would take for the whole truth.
-            return f"{type(self).__name__}({'...' if vars(self).keys() - {'exists'} else ''})"
+            return f"{type(self).__name__}({'...' if vars(self).keys() - {'exists', 'name'} else ''})"
         words = []
         for name, required, default in _fields(type(self)):
             value = getattr(self, name)
@@ -191,6 +203,42 @@ def _fields(cls: Any) -> tuple[tuple[str, bool, Any], ...]:
         (f.name, f.default is dataclasses.MISSING, None if f.default is dataclasses.MISSING else f.default)
         for f in fields
     )
+
+
+#: Patterns whose text does not say all (tables, classes of the user's own), by the name that stands for them.
+_NAMED: dict[str, Pattern] = {}
+_NAMES: dict[Pattern, str] = {}
+
+
+def _name(pattern: Pattern) -> str:
+    """A text that `named` turns into this very pattern."""
+    text = str(pattern)
+    if type(pattern).__hash__ is None:
+        return ""  # not a fixed value; `attention` says so
+    if not pattern.tables() and all(type(member).__module__.startswith("longstride.") for member in _members(pattern)):
+        return text
+    if pattern not in _NAMES:
+        # Two patterns that are not equal may still read alike, when a user's own class hides its settings.
+        name = text if text not in _NAMED else f"{text} #{len(_NAMED)}"
+        _NAMES[pattern], _NAMED[name] = name, pattern
+    return _NAMES[pattern]
+
+
+@constant_when_compiled
+def name_of(pattern: Pattern) -> str:
+    """The name of a pattern that has none yet, such as one of a plain class."""
+    return pattern.name or _name(pattern)
+
+
+def named(name: str) -> Pattern | None:
+    """The pattern that `name` stands for in this process; None where the name is its whole text."""
+    return _NAMED.get(name)
+
+
+def _members(pattern: Pattern) -> Iterator[Pattern]:
+    yield pattern
+    for member in getattr(pattern, "patterns", ()):
+        yield from _members(member)
 
 
 def reach(patterns: Sequence[Pattern], length: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ class BlockLocal(Pattern):
     def __post_init__(self) -> None:
         whole("BlockLocal", "block", self.block, 1)
         flag("BlockLocal", "causal", self.causal)
+        super().__post_init__()
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         same = i // self.block == j // self.block
@@ -92,6 +93,7 @@ class Summary(Pattern):
                 f"Summary(block={self.block}, count={self.count}, offset={self.offset}): "
                 f"count + offset must be at most block"
             )
+        super().__post_init__()
 
     def _group(self) -> KeyGroup:
         return KeyGroup(self.block, self.block - self.offset - self.count, self.block - self.offset)
@@ -145,6 +147,7 @@ class Fixed(Pattern):
                 f"Fixed(block={self.block}, summary={self.summary}, offset={self.offset}): "
                 f"summary + offset must be at most block"
             )
+        super().__post_init__()
 
     def _members(self) -> tuple[Pattern, Pattern]:
         return BlockLocal(self.block), Summary(self.block, self.summary, self.offset)
@@ -200,6 +203,7 @@ class RandomBlocks(Pattern):
         whole("RandomBlocks", "head", self.head, 0)
         if self.blocks is not None:
             whole("RandomBlocks", "blocks", self.blocks, 1)
+        super().__post_init__()
 
     def bind(self, kv_len: int) -> Pattern:
         return self if self.causal else replace(self, blocks=-(-kv_len // self.block))
@@ -308,19 +312,20 @@ class BlockSparse(Pattern):
             raise PatternError(f"BlockSparse(table of shape {list(table.shape)}): table must not be empty")
         self.table = table.detach().cpu().clone()
         content = bytes(str(list(table.shape)), "ascii") + bytes(self.table.flatten().to(torch.uint8).tolist())
-        self.name = "table_" + hashlib.sha256(content).hexdigest()[:12]
+        self.table_name = "table_" + hashlib.sha256(content).hexdigest()[:12]
+        self.__post_init__()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BlockSparse) and (self.name, self.block) == (other.name, other.block)
+        return isinstance(other, BlockSparse) and (self.table_name, self.block) == (other.table_name, other.block)
 
     def __hash__(self) -> int:
-        return hash((self.name, self.block))
+        return hash((self.table_name, self.block))
 
     def __str__(self) -> str:
-        return f"BlockSparse({self.name}, {self.block})"
+        return f"BlockSparse({self.table_name}, {self.block})"
 
     def tables(self) -> dict[str, torch.Tensor]:
-        return {self.name: self.table}
+        return {self.table_name: self.table}
 
     def bind(self, kv_len: int) -> Pattern:
         covered = min(self.table.shape[-2:]) * self.block

@@ -41,18 +41,19 @@ class Global(Pattern):
 
     def __post_init__(self) -> None:
         flag("Global", "causal", self.causal)
-        if hasattr(self.tokens, "__index__"):
-            first = whole("Global", "tokens", self.tokens, 1)
-            object.__setattr__(self, "tokens", first)
-            if first > MOST_TOKENS:
-                raise PatternError(
-                    f"Global(tokens={self.tokens}): at most {MOST_TOKENS} positions can be global; for more use Full()"
-                )
-            return
         tokens = self.tokens
-        if not isinstance(tokens, tuple | list) or not tokens:
+        if hasattr(tokens, "__index__"):
+            fixed: int | tuple[int, ...] = whole("Global", "tokens", tokens, 1)
+            if whole("Global", "tokens", tokens, 1) > MOST_TOKENS:
+                raise PatternError(
+                    f"Global(tokens={tokens}): at most {MOST_TOKENS} positions can be global; for more use Full()"
+                )
+        elif isinstance(tokens, tuple | list) and tokens:
+            fixed = tuple(sorted({whole("Global", "token", token, 0) for token in tokens}))
+        else:
             raise PatternError(f"Global(tokens={tokens!r}): tokens must be a whole number or a tuple of positions")
-        object.__setattr__(self, "tokens", tuple(sorted({whole("Global", "token", token, 0) for token in tokens})))
+        object.__setattr__(self, "tokens", fixed)
+        super().__post_init__()
 
     def positions(self) -> tuple[int, ...]:
         """The global positions, ascending."""
