@@ -10,7 +10,7 @@ import longstride as ls
 
 
 @dataclass(frozen=True, repr=False)
-class EvenKeys(ls.Pattern):
+class StepKeys(ls.Pattern):
     """Earlier keys at multiples of `step`, and one's own."""
 
     step: int
@@ -18,7 +18,7 @@ class EvenKeys(ls.Pattern):
 
     def __post_init__(self) -> None:
         if self.step < 1:
-            raise ls.PatternError(f"EvenKeys(step={self.step}): step must be at least 1")
+            raise ls.PatternError(f"StepKeys(step={self.step}): step must be at least 1")
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         keys = (j % self.step == 0) & (j <= i)
@@ -46,7 +46,7 @@ class ByKeyAlone(ls.Pattern):
         return j % 2 == 0
 
 
-OWN = [EvenKeys(3), EvenKeys(4, own=False), Mirror(), Nothing(), ByKeyAlone()]
+OWN = [StepKeys(3), StepKeys(4, own=False), Mirror(), Nothing(), ByKeyAlone()]
 
 
 @pytest.mark.parametrize("pattern", OWN, ids=str)
@@ -60,12 +60,12 @@ def test_a_rule_of_ones_own_is_planned_counted_and_computed(pattern, size):
 
 
 def test_a_dataclass_has_its_text_for_nothing():
-    assert str(EvenKeys(3)) == "EvenKeys(3)"
-    assert str(EvenKeys(3, own=False)) == "EvenKeys(3, own=False)"
-    for pattern in (EvenKeys(3), EvenKeys(3, own=False) | ls.Local(2), ls.per_head(EvenKeys(2), ls.Full())):
+    assert str(StepKeys(3)) == "StepKeys(3)"
+    assert str(StepKeys(3, own=False)) == "StepKeys(3, own=False)"
+    for pattern in (StepKeys(3), StepKeys(3, own=False) | ls.Local(2), ls.per_head(StepKeys(2), ls.Full())):
         assert ls.parse(str(pattern)) == pattern
-    with pytest.raises(ls.PatternError, match=r"EvenKeys\(step=0\): .* at position 11"):
-        ls.parse("Local(2) & EvenKeys(0)")
+    with pytest.raises(ls.PatternError, match=r"StepKeys\(step=0\): .* at position 11"):
+        ls.parse("Local(2) & StepKeys(0)")
 
 
 def test_a_plain_class_has_a_text_too():
@@ -93,14 +93,14 @@ def test_a_class_may_not_take_the_name_of_a_built_in_pattern():
 
 
 def test_causality_is_found_by_looking():
-    assert EvenKeys(3).is_causal
+    assert StepKeys(3).is_causal
     assert not Mirror().is_causal
     assert (Mirror() & ls.Causal()).is_causal
 
 
 def test_every_key_is_retained_where_nothing_is_known():
-    assert EvenKeys(3).retained(7).all()
-    assert EvenKeys(3).retained(0).shape == (0,)
+    assert StepKeys(3).retained(7).all()
+    assert StepKeys(3).retained(0).shape == (0,)
 
 
 def test_a_subclass_without_a_rule_says_so():
