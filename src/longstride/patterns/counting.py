@@ -55,10 +55,7 @@ def count_term(term: Term, q_len: int, kv_len: int) -> int:
         return _count_rows(term, q_len, kv_len)
     keys = [region for region in term.regions if isinstance(region, KeyGroup | KeyList)]
     if keys:
-        positions = keys[0].positions(kv_len)
-        for region in keys[1:]:
-            positions = positions[region.allows(positions, positions)]
-        return _count_by_key(term, positions, kv_len - q_len, kv_len)
+        return _count_by_key(term, _positions(keys, kv_len), kv_len - q_len, kv_len)
     if term.find(SameBlock):
         return _count_same_block(term, q_len, kv_len)
     return _count_band(term.band, q_len, kv_len)
@@ -132,16 +129,27 @@ def _count_rows(term: Term, q_len: int, kv_len: int) -> int:
     for region in term.find(SameBlock):
         start = rows // region.block * region.block
         first, last = torch.maximum(first, start), torch.minimum(last, start + region.block - 1)
-    if len(keys) == 1 and (term.band is None or term.band.dilation == 1):
-        if term.band is not None and term.band.most is not None:
-            first = torch.maximum(first, rows - term.band.most)
-        if term.band is not None and term.band.least is not None:
-            last = torch.minimum(last, rows - term.band.least)
-        inside = last >= first
-        return int((keys[0].count_before(last + 1) - keys[0].count_before(first))[inside].sum())
-    if keys:
-        return _count_grid(term, rows, keys[0].positions(kv_len))
-    return int(_progression(term.band, rows - last, rows - first).sum())
+    if not keys:
+        return int(_progression(term.band, rows - last, rows - first).sum())
+    positions = _positions(keys, kv_len)
+    if term.band is not None and term.band.dilation > 1:
+        return _count_grid(term, rows, positions)
+    if term.band is not None and term.band.most is not None:
+        first = torch.maximum(first, rows - term.band.most)
+    if term.band is not None and term.band.least is not None:
+        last = torch.minimum(last, rows - term.band.least)
+    # The keys are sorted: those within first .. last are found by two searches.
+    found = torch.searchsorted(positions, last + 1) - torch.searchsorted(positions, first)
+    return int(found.clamp(min=0).sum())
+
+
+def _positions(keys: list, kv_len: int) -> torch.Tensor:
+    """The key positions, ascending, that are in all of these key groups and lists."""
+    first, *others = sorted(keys, key=lambda region: isinstance(region, KeyGroup))
+    positions = first.positions(kv_len)
+    for region in others:
+        positions = positions[region.allows(positions, positions)]
+    return positions
 
 
 def _count_powers(powers: Powers, term: Term, q_len: int, kv_len: int) -> int:
