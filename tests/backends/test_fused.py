@@ -75,9 +75,9 @@ def test_one_fused_call_is_dense_attention(causal, scale, with_lse, path, monkey
         out,
         lse,
         delta,
-        into_lse if with_lse else None,
         scale=scale,
         causal=causal,
+        through_lse=with_lse,
     )
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=EXACT)
@@ -100,9 +100,9 @@ def test_the_backward_of_a_part_takes_the_merged_result():
             out.detach(),
             lse.detach(),
             (out * into).sum(-1).detach(),
-            None,
             scale=0.5,
             causal=False,
+            through_lse=False,
         )
         total_q = total_q + grad_q
         torch.testing.assert_close(grad_k, wanted[1][:, :, keys], rtol=0, atol=EXACT)
@@ -122,3 +122,29 @@ def test_this_pytorch_has_the_fused_operator():
     """The pinned PyTorch does: losing it would cost speed in silence."""
     assert fused.kernel("cpu", torch.float32, 64) == "flash-cpu"
     assert math.isfinite(fused.fused_forward(*(torch.ones(1, 1, 3, 4),) * 3, 1.0, True)[1].sum())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_plain_path_never_holds_a_whole_large_tile(monkeypatch, causal):
+    """With room for few scores it goes by runs of rows, and the numbers are those of one piece."""
+    torch.manual_seed(0)
+    q, k, v, grad_out = (torch.randn(2, 3, 40, 8, dtype=torch.float64) for _ in range(4))
+    delta = torch.randn(2, 3, 40, dtype=torch.float64)
+    whole = fused._plain_forward(q, k, v, 0.3, causal)
+    grads = fused._plain_backward(grad_out, q, k, v, whole[1], delta, 0.3, causal)
+    monkeypatch.setattr(fused, "PLAIN_SCORES", 300)
+    sizes = []
+    forward = fused.tile_forward
+    monkeypatch.setattr(
+        fused,
+        "tile_forward",
+        lambda q, k, *rest: (sizes.append(q.shape[0] * q.shape[1] * k.shape[1]), forward(q, k, *rest))[1],
+    )
+    in_runs = fused._plain_forward(q, k, v, 0.3, causal)
+    assert max(sizes) <= 300
+    for found, expected in zip(
+        (*in_runs, *fused._plain_backward(grad_out, q, k, v, whole[1], delta, 0.3, causal)),
+        (*whole, *grads),
+        strict=True,
+    ):
+        assert (found - expected).abs().max() < 1e-12

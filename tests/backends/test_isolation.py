@@ -50,13 +50,9 @@ def test_long_sequences_of_many_tiles_too(pattern):
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @settings(max_examples=40)
-@given(pattern=patterns(), size=lengths(), row=st.integers(0, 47), poison=st.sampled_from([-7.5, 1e4]))
+@given(pattern=patterns(), size=lengths(), row=st.integers(0, 47), poison=st.sampled_from([-7.5, 1e4, 1e30]))
 def test_gradients_do_not_pass_the_rule_either(backend, pattern, size, row, poison):
-    """The loss of one query: unseen keys and values get exactly nothing, and its own gradient is as it was.
-
-    Other queries do see the poison. It is of a size at which their scores, whose rounding grows with it, still have a
-    softmax; their zero gradients are then exact zeros.
-    """
+    """The loss of one query: unseen keys and values get exactly nothing, and its own gradient is as it was."""
     row %= size[0]
     q, k, v = make_inputs(1, 4, 4, *size, dtype=torch.float32)
     seen = pattern.mask(*size, heads=4)[None, :, row, :, None]

@@ -91,8 +91,7 @@ def backward(
         width = inputs.v.shape[2]
         known = [x[:, picked].flatten(0, 1) for x in (grad_out, out, counted, delta)]
         known[:2] = [pad(x, (0, width - v_dim)) if width > v_dim else x for x in known[:2]]
-        lse_term = None if grad_lse is None else grad_lse[:, picked].flatten(0, 1)
-        grads = Gradients.empty(inputs, *known, lse_term)
+        grads = Gradients.empty(inputs, *known, through_lse=grad_lse is not None)
         run_backward(inputs, parts, grads)
         shape = (batch, len(members))
         if len(made.groups) == 1 and heads == kv_heads:

@@ -38,9 +38,15 @@ def dense_forward(inputs: Inputs, tile: Dense, result: Output, first: bool) -> N
 def dense_backward(inputs: Inputs, tile: Dense, grads: Gradients) -> None:
     views = _dense_views(inputs, tile)
     grad_out, out, lse, delta = (_dense_rows(x, tile) for x in (grads.grad_out, grads.out, grads.lse, grads.delta))
-    grad_lse = None if grads.grad_lse is None else _dense_rows(grads.grad_lse, tile)
     grad_q, grad_k, grad_v = fused_backward(
-        grad_out, *views, out, lse, delta, grad_lse, scale=inputs.scale, causal=tile.causal
+        grad_out,
+        *views,
+        out,
+        lse,
+        delta,
+        scale=inputs.scale,
+        causal=tile.causal,
+        through_lse=grads.through_lse,
     )
     _dense_rows(grads.q, tile).add_(grad_q)
     for total, more in ((grads.k, grad_k), (grads.v, grad_v)):

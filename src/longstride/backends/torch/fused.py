@@ -7,6 +7,7 @@ computes the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -76,29 +77,24 @@ def fused_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
-    grad_lse: torch.Tensor | None,
     scale: float,
     causal: bool,
+    through_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `fused_forward`'s q, k, v given the merged out, log-sum-exp and ``delta``.
 
-    The kernels compute delta = sum(out * grad_out) themselves. To subtract grad_lse from it, out and grad_out get one
-    more column, 1 and -grad_lse, and v a column of zeros.
+    The kernels compute delta = sum(out * grad_out) themselves, so where a gradient comes `through_lse` besides, and
+    delta is less by it, the plain path takes over.
     """
-    chosen = kernel(q.device.type, q.dtype, q.shape[-1] + (grad_lse is not None))
+    chosen = kernel(q.device.type, q.dtype, q.shape[-1])
     dim = q.shape[-1]
-    if chosen == "plain" or (grad_lse is not None and q.dtype == torch.float16):
-        # In float16 a column of grad_lse could overflow, as under loss scaling.
+    if chosen == "plain" or through_lse:
         return _plain_backward(grad_out, q, k, v, lse, delta, scale, causal)
     if scale <= 0:
         grad_q, grad_k, grad_v = fused_backward(
-            grad_out, q * scale, k, v, out, lse, delta, grad_lse, scale=1.0, causal=causal
+            grad_out, q * scale, k, v, out, lse, delta, scale=1.0, causal=causal, through_lse=False
         )
         return grad_q * scale, grad_k, grad_v
-    if grad_lse is not None:
-        q, k, v = (pad(x, (0, 1)) for x in (q, k, v))
-        out = pad(out, (0, 1), value=1.0)
-        grad_out = torch.cat([grad_out, -grad_lse[..., None].to(grad_out.dtype)], -1)
     if chosen == "flash-cpu":
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = flash(grad_out, q, k, v, out, lse.contiguous(), 0.0, causal, scale=scale)
@@ -119,25 +115,37 @@ def _to_eight(x: torch.Tensor) -> torch.Tensor:
     return pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 
 
-def _triangle(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor | None:
-    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if causal else None
+def _blocks(
+    q: torch.Tensor, k: torch.Tensor, causal: bool
+) -> Iterator[tuple[slice, slice, slice, torch.Tensor | None]]:
+    """(tiles, rows, keys, allowed) runs of flat [tiles, rows, dim] tiles whose scores fit in `PLAIN_SCORES`.
 
-
-def _slabs(q: torch.Tensor, k: torch.Tensor) -> list[slice]:
-    """Runs of tiles whose scores fit in `PLAIN_SCORES`."""
-    tiles = q.shape[0] * q.shape[1]
-    step = max(1, PLAIN_SCORES // (q.shape[2] * k.shape[2]))
-    return [slice(first, first + step) for first in range(0, tiles, step)]
+    A tile that is too large goes by runs of rows, each against the keys up to its last row where `causal`, so that
+    nothing of rows x keys is ever held.
+    """
+    length, most = q.shape[1], k.shape[1]
+    rows = min(length, max(1, PLAIN_SCORES // most))
+    tiles = max(1, PLAIN_SCORES // (rows * most))
+    for low in range(0, length, rows):
+        high = min(low + rows, length)
+        keys = high if causal else most
+        row, key = torch.arange(low, high, device=q.device), torch.arange(keys, device=q.device)
+        allowed = row[:, None] >= key if causal else None
+        for first in range(0, q.shape[0], tiles):
+            yield slice(first, first + tiles), slice(low, high), slice(keys), allowed
 
 
 def _plain_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    allowed, dtype = _triangle(q, k, causal), accumulator(q.dtype)
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
-    done = [tile_forward(*(x[slab].to(dtype) for x in flat), scale, allowed) for slab in _slabs(q, k)]
-    out, lse = (torch.cat(pieces) for pieces in zip(*done, strict=True))
-    return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+    dtype, shape = accumulator(q.dtype), q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out = q.new_empty(*q.shape[:2], v.shape[-1], dtype=dtype)
+    lse = q.new_empty(q.shape[:2], dtype=dtype)
+    for tiles, rows, keys, allowed in _blocks(q, k, causal):
+        block = (q[tiles, rows].to(dtype), k[tiles, keys].to(dtype), v[tiles, keys].to(dtype))
+        out[tiles, rows], lse[tiles, rows] = tile_forward(*block, scale, allowed)
+    return out.unflatten(0, shape), lse.unflatten(0, shape)
 
 
 def _plain_backward(
@@ -150,8 +158,14 @@ def _plain_backward(
     scale: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    allowed, dtype = _triangle(q, k, causal), accumulator(q.dtype)
-    flat = [x.flatten(0, 1) for x in (q, k, v, grad_out, lse, delta)]
-    done = [tile_backward(*(x[slab].to(dtype) for x in flat), scale, allowed) for slab in _slabs(q, k)]
-    grads = (torch.cat(pieces).unflatten(0, q.shape[:2]) for pieces in zip(*done, strict=True))
-    return tuple(grads)  # type: ignore[return-value]
+    dtype, shape = accumulator(q.dtype), q.shape[:2]
+    q, k, v, grad_out, lse, delta = (x.flatten(0, 1) for x in (q, k, v, grad_out, lse, delta))
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+    for tiles, rows, keys, allowed in _blocks(q, k, causal):
+        block = (q[tiles, rows].to(dtype), k[tiles, keys].to(dtype), v[tiles, keys].to(dtype))
+        known = (x[tiles, rows].to(dtype) for x in (grad_out, lse, delta))
+        of_q, of_k, of_v = tile_backward(*block, *known, scale, allowed)
+        grad_q[tiles, rows] = of_q
+        grad_k[tiles, keys] += of_k
+        grad_v[tiles, keys] += of_v
+    return grad_q.unflatten(0, shape), grad_k.unflatten(0, shape), grad_v.unflatten(0, shape)

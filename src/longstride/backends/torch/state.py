@@ -65,7 +65,7 @@ class Gradients:
     out: torch.Tensor
     lse: torch.Tensor  # +inf in rows without keys: exp(score - inf) = 0
     delta: torch.Tensor  # sum(out * grad_out) - grad_lse
-    grad_lse: torch.Tensor | None
+    through_lse: bool  # grad_lse is there
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -77,16 +77,15 @@ class Gradients:
         out: torch.Tensor,
         lse: torch.Tensor,
         delta: torch.Tensor,
-        grad_lse: torch.Tensor | None,
+        through_lse: bool,
     ) -> Gradients:
         zeros = [torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in (inputs.q, inputs.k, inputs.v)]
-        return Gradients(grad_out, out, lse, delta, grad_lse, *zeros)
+        return Gradients(grad_out, out, lse, delta, through_lse, *zeros)
 
     def flip(self, inputs: Inputs) -> Gradients:
         """The same reversed in time, with gradients of its own; `inputs` are reversed already."""
-        grad_lse = None if self.grad_lse is None else self.grad_lse.flip(1)
         known = (x.flip(1) for x in (self.grad_out, self.out, self.lse, self.delta))
-        return Gradients.empty(inputs, *known, grad_lse)
+        return Gradients.empty(inputs, *known, self.through_lse)
 
     def without_rows(self, rows: torch.Tensor) -> Gradients:
         """The same, for a part that leaves out `rows`; the gradients are shared."""
@@ -95,7 +94,7 @@ class Gradients:
             self.out,
             self.lse.index_fill(1, rows, float("inf")),
             self.delta,
-            self.grad_lse,
+            self.through_lse,
             self.q,
             self.k,
             self.v,
