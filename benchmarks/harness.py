@@ -1,180 +1,77 @@
-"""What the attention benchmarks share: check first, then time all rows in turn, then write JSON and Markdown.
-
-Rows are timed round by round in one process, so that a slow moment of the machine falls on all of them; the median of
-the rounds counts. On a GPU times are device events, with the L2 cache overwritten before each call.
-"""
+"""What the attention benchmarks share: clocks, medians with their spread, the machine's facts, files written whole."""
 
 from __future__ import annotations
 
-import json
+import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-import longstride as ls
-
-DENSE = "dense causal SDPA"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One setting: [batch, heads, length, head_dim] and the patterns to time there."""
-
-    batch: int
-    heads: int
-    length: int
-    head_dim: int
-    patterns: tuple[ls.Pattern, ...]
-
-    def inputs(self, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
-        shape = (self.batch, self.heads, self.length, self.head_dim)
-        return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+#: What is written before each call on a device: many times any L2 cache, and long enough (about half a millisecond)
+#: that the host has queued the call's kernels before the first of them may start.
+FLUSH_BYTES = 512 << 20
+FLUSHES = 3
 
 
-def check(cases: tuple[Case, ...], device: str, dtype: torch.dtype, bound: float) -> dict[str, float]:
-    """The worst relative error of outputs and gradients against float64, by pattern; exits above `bound`."""
-    errors: dict[str, float] = {}
-    for case in cases:
-        for pattern in case.patterns:
-            torch.manual_seed(0)
-            inputs = [torch.randn(1, 2, 700, case.head_dim, device=device).to(dtype) for _ in range(3)]
-            weight = torch.randn_like(inputs[0])
-            found = []
-            for as_dtype, backend in ((dtype, None), (torch.float64, "reference")):
-                leaves = [x.detach().to(as_dtype).requires_grad_() for x in inputs]
-                out = ls.attention(*leaves, pattern, backend=backend)
-                found.append([out, *torch.autograd.grad((out * weight.to(as_dtype)).sum(), leaves)])
-            pairs = zip(*found, strict=True)
-            errors[str(pattern)] = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
-    if not all(error < bound for error in errors.values()):  # NaN fails too
-        sys.exit(f"not timed: an error exceeds {bound}: {errors}")
-    print(f"correct: worst relative error {max(errors.values()):.1e}")
-    return errors
+def elapsed_ms(call: Callable[[], object]) -> float:
+    """Milliseconds that the host takes for a call."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
 
 
-def stopwatch(device: str) -> Callable[[Callable[[], object]], float]:
-    """A function that runs a call and returns its milliseconds."""
-    if device == "cpu":
+class Clock:
+    """``clock(call)``: milliseconds of the device's own time, and of the host's until all was queued.
 
-        def on_cpu(call: Callable[[], object]) -> float:
-            start = time.perf_counter()
-            call()
-            return (time.perf_counter() - start) * 1e3
+    The L2 cache is overwritten before each call. It is left full of lines that are still to be written back, as after
+    any other operation of a model; the call leaves as many of its own behind, so that its traffic is what it moves. The
+    host's time hides behind that as long as it is below `hidden_ms`; above, the device waits, and the time says so. On
+    a CPU both times are the same.
+    """
 
-        return on_cpu
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.hidden_ms = 0.0
+        if device != "cpu":
+            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+            self.hidden_ms = statistics.median(self._flushing_ms() for _ in range(5))
 
-    def on_gpu(call: Callable[[], object]) -> float:
-        flush.zero_()
+    def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
+        if self.device == "cpu":
+            ms = elapsed_ms(call)
+            return ms, ms
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._overwrite()
+        start.record()
+        enqueue_ms = elapsed_ms(call)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end), enqueue_ms
+
+    def _overwrite(self) -> None:
+        for _ in range(FLUSHES):
+            self._flush.zero_()
+
+    def _flushing_ms(self) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call()
+        self._overwrite()
         end.record()
-        torch.cuda.synchronize()
+        end.synchronize()
         return start.elapsed_time(end)
 
-    return on_gpu
+
+def spread(series: Sequence[float]) -> tuple[float, float, float]:
+    """(median, least, greatest)."""
+    return statistics.median(series), min(series), max(series)
 
 
-def measure(case: Case, device: str, dtype: torch.dtype, rounds: int) -> list[dict]:
-    """A row for dense attention and for every pattern: medians, spreads, and how many times faster than dense."""
-    q, k, v = case.inputs(device, dtype)
-    grad_out = torch.randn_like(q)
-    timed = stopwatch(device)
-    forwards: dict[str, Callable[[], torch.Tensor]] = {
-        DENSE: lambda: scaled_dot_product_attention(q, k, v, is_causal=True)
-    }
-    for pattern in case.patterns:
-        forwards[str(pattern)] = lambda pattern=pattern: ls.attention(q, k, v, pattern)
-
-    def both(forward: Callable[[], torch.Tensor]) -> None:
-        torch.autograd.grad(forward(), (q, k, v), grad_out)
-
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in forwards}
-    for turn in range(rounds + 1):
-        for name, forward in forwards.items():
-            with torch.no_grad():
-                forward_ms = timed(forward)
-            both_ms = timed(lambda forward=forward: both(forward))
-            if turn:  # the first round warms up
-                times[name][0].append(forward_ms)
-                times[name][1].append(both_ms)
-    dense = [statistics.median(series) for series in times[DENSE]]
-    rows = []
-    for name, series in times.items():
-        forward_ms, both_ms = (statistics.median(each) for each in series)
-        row = {
-            "shape": f"B{case.batch} H{case.heads} T{case.length} D{case.head_dim}",
-            "what": name,
-            "forward_ms": forward_ms,
-            "both_ms": both_ms,
-            "both_spread_ms": [min(series[1]), max(series[1])],
-            "forward_speedup": dense[0] / forward_ms,
-            "both_speedup": dense[1] / both_ms,
-        }
-        rows.append(row)
-        print(
-            f"{row['shape']:20} {name:34} forward {forward_ms:9.2f} ms ({row['forward_speedup']:6.1f}x)  "
-            f"forward+backward {both_ms:9.2f} ms ({row['both_speedup']:6.1f}x)",
-            flush=True,
-        )
-    return rows
-
-
-def run(cases: tuple[Case, ...], device: str, dtype: torch.dtype, bound: float, rounds: int, output: Path) -> None:
-    """Check, measure, write ``output.json`` and ``output.md``."""
-    errors = check(cases, device, dtype, bound)
-    rows = [row for case in cases for row in measure(case, device, dtype, rounds)]
-    result = {
-        "device": _device(device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "command": f"python benchmarks/{Path(sys.argv[0]).name} --rounds {rounds}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "rounds": rounds,
-        "errors": errors,
-        "rows": rows,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    output.with_suffix(".md").write_text(render(result))
-    print(f"written: {output.stem}.json, {output.stem}.md")
-
-
-def render(result: dict) -> str:
-    """The Markdown page of a result."""
-    lines = [
-        f"# Attention on {result['device']}",
-        "",
-        f"torch {result['torch']}, Python {result['python']}, commit {result['commit']}; `{result['command']}`.",
-        f"{result['dtype']}; median of {result['rounds']} rounds, all rows in one process. In brackets: how many times "
-        "faster than dense causal `scaled_dot_product_attention` in the same run.",
-        "",
-        "| shape | what | forward, ms | forward + backward, ms | its spread, ms |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        low, high = row["both_spread_ms"]
-        lines.append(
-            f"| {row['shape']} | {row['what'].replace('|', chr(92) + '|')} | {row['forward_ms']:.2f} "
-            f"({row['forward_speedup']:.1f}x) | {row['both_ms']:.2f} ({row['both_speedup']:.1f}x) "
-            f"| {low:.2f} to {high:.2f} |"
-        )
-    worst = max(result["errors"].values())
-    lines += ["", f"Checked before timing against the float64 reference at T = 700: worst relative error {worst:.1e}."]
-    return "\n".join(lines) + "\n"
-
-
-def _device(device: str) -> str:
+def device_name(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
     try:
@@ -185,9 +82,17 @@ def _device(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _commit() -> str:
+def commit() -> str:
     try:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "not in a checkout"
     return found.stdout.strip()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a run killed meanwhile leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -1,6 +1,7 @@
 """The one public op: layout, scale, log-sum-exp, transforms, `explain`, and errors."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +12,7 @@ from tests.strategies import Thirds, random_table
 from torch.utils.checkpoint import checkpoint
 
 import longstride as ls
+from longstride.attention import forget
 
 MERGED = ls.Local(4) | ls.Strided(4)
 BACKENDS = ["torch", "reference"]
@@ -285,7 +287,7 @@ def test_the_operator_is_registered_as_pytorch_asks(pattern):
     """Schema, autograd registration, fake tensors and the compiler's view of them."""
     inputs = make_inputs(1, 2, 1, 10, 12, 4, 6)
     ls.attention(*inputs, pattern)  # a pattern has its name in the operator once it was used
-    checks = torch.library.opcheck(torch.ops.longstride.attention, (*inputs, str(pattern), 0.5))
+    checks = torch.library.opcheck(torch.ops.longstride.attention, (*inputs, str(pattern), 0.5, "torch"))
     assert set(checks.values()) == {"SUCCESS"}
 
 
@@ -353,6 +355,15 @@ def test_the_sparse_backend_is_chosen(monkeypatch):
     ls.attention(q, k, v, Thirds())
 
 
+@pytest.fixture
+def no_memory() -> Iterator[None]:
+    """Choices are remembered by the kind of call: forget those of other tests, and those made here."""
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("no_memory")
 def test_a_named_backend_runs_and_no_other(monkeypatch):
     q, k, v = make_inputs(1, 2, 2, 12, 12)
     monkeypatch.setattr("longstride.backends.torch.forward", lambda *_: pytest.fail("the torch backend was chosen"))
@@ -368,6 +379,34 @@ def test_a_named_backend_runs_and_no_other(monkeypatch):
         ls.attention(q, k, v, MERGED)
 
 
+@pytest.mark.usefixtures("no_memory")
+def test_a_backend_that_prefers_a_request_goes_first(monkeypatch):
+    q, k, v = make_inputs(1, 2, 2, 12, 12)
+    monkeypatch.setattr("longstride.backends.triton.refusals", lambda _: [])
+    monkeypatch.setattr("longstride.backends.triton.describe", lambda _: "as fast as can be")
+    assert ls.explain(q, k, v, MERGED).backend == "triton"
+    monkeypatch.setattr("longstride.backends.torch.prefers", lambda _: "it is a leap year", raising=False)
+    explanation = ls.explain(q, k, v, MERGED)
+    assert explanation.backend == "torch"
+    assert "backend torch: chosen (it is a leap year)" in str(explanation)
+    assert explanation.reasons["triton"] == "torch comes first here"
+    monkeypatch.setattr("longstride.backends.triton.forward", lambda *_: pytest.fail("triton was chosen"))
+    ls.attention(q, k, v, MERGED)
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_a_choice_is_made_once_for_each_kind_of_call(monkeypatch):
+    asked = []
+    monkeypatch.setattr("longstride.backends.triton.refusals", lambda request: asked.append(request) or ["not today"])
+    q, k, v = make_inputs(1, 2, 2, 12, 12)
+    for _ in range(3):
+        ls.attention(q, k, v, MERGED)
+    assert len(asked) == 1
+    ls.attention(q, k, v, MERGED, return_lse=True)
+    ls.attention(q[:, :, 3:], k, v, MERGED)
+    assert [(request.q_len, request.through_lse) for request in asked] == [(12, False), (12, True), (9, False)]
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_explain_prints_the_plan_and_every_backend(device, capsys):
     q, k, v = (torch.empty(1, 8, 4096, 64, device=device) for _ in range(3))
@@ -375,7 +414,7 @@ def test_explain_prints_the_plan_and_every_backend(device, capsys):
     text = str(explanation)
     assert capsys.readouterr().out == text + "\n"
     assert explanation.backend == "torch"
-    assert set(explanation.reasons) == {"reference"}
+    assert set(explanation.reasons) == {"triton", "vendor", "flex", "reference"}
     pairs = 8 * (ls.Local(64) | ls.Strided(64)).pairs(4096)
     assert "Local(64) | Strided(64): 4,096 queries, 4,096 keys, 8 heads" in text
     assert f"{pairs:,} of {8 * 4096 * 4096:,} pairs allowed" in text
@@ -446,9 +485,9 @@ MISTAKES = [
     (call(scale=float("nan")), ["scale=nan", "finite"]),
     (call(scale=float("inf")), ["scale=inf", "finite"]),
     (call(scale="a"), ["scale='a'", "number"]),
-    (call(backend="trition"), ["backend='trition'", "'torch', 'reference'"]),
-    (call(backend=""), ["backend=''", "'torch', 'reference'"]),
-    (call(backend=3), ["backend=3", "'torch', 'reference'"]),
+    (call(backend="trition"), ["backend='trition'", "'torch', 'flex', 'reference'"]),
+    (call(backend=""), ["backend=''", "'torch', 'flex', 'reference'"]),
+    (call(backend=3), ["backend=3", "'torch', 'flex', 'reference'"]),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from longstride.attention import attention, explain
+from longstride.attention_varlen import attention_varlen
 from longstride.errors import (
     ArgumentError,
     CheckpointError,
@@ -69,6 +70,7 @@ __all__ = [
     "Summary",
     "UnsupportedError",
     "attention",
+    "attention_varlen",
     "bigbird",
     "explain",
     "gpt3",

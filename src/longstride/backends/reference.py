@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from longstride.backends.documents import read_back
 from longstride.backends.request import DTYPES, Request, accumulator
 from longstride.patterns import Pattern
 
 name = "reference"
+differentiable = True
+takes_lse_gradient = True
 
 
 def refusals(request: Request) -> list[str]:
@@ -35,6 +38,25 @@ def forward(
     lse = scores.masked_fill(~some[..., None], 0.0).logsumexp(-1).masked_fill(~some, float("-inf"))
     weights = (scores - lse.masked_fill(~some, 0.0)[..., None]).exp()
     return (weights @ values).to(q.dtype), lse
+
+
+def forward_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    pattern: Pattern,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each document on its own by `forward`; shapes as in `longstride.attention_varlen`."""
+    lengths = read_back(cu_seqlens, q.shape[0], max_seqlen)
+    results = [
+        forward(*(x.transpose(0, 1)[None] for x in document), pattern, scale)
+        for document in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        if len(document[0])
+    ]
+    return torch.cat([out[0].transpose(0, 1) for out, _ in results]), torch.cat([lse[0].T for _, lse in results])
 
 
 def _mask(pattern: Pattern, q_len: int, kv_len: int, heads: int) -> torch.Tensor:

@@ -12,10 +12,13 @@ from longstride.backends.request import DTYPES, Request, accumulator
 from longstride.backends.torch.engine import run_backward, run_forward
 from longstride.backends.torch.fused import kernel
 from longstride.backends.torch.state import Gradients, Inputs
+from longstride.backends.torch.varlen import each_length
 from longstride.patterns import Pattern
 from longstride.plan import Plan, plan
 
 name = "torch"
+differentiable = False
+takes_lse_gradient = True
 
 
 def refusals(request: Request) -> list[str]:
@@ -106,6 +109,50 @@ def backward(
             grad_k.index_add_(1, readers, grads.k[..., :dim].unflatten(0, shape))
             grad_v.index_add_(1, readers, grads.v[..., :v_dim].unflatten(0, shape))
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def forward_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    pattern: Pattern,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [total, heads, v_head_dim] in q's dtype, lse [total, heads]; documents of one length run as one batch."""
+    out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
+    for documents in each_length(cu_seqlens, q.shape[0], max_seqlen):
+        results = forward(*(documents.take(x) for x in (q, k, v)), pattern, scale)
+        for whole, result in zip((out, lse), results, strict=True):
+            documents.put(whole, result)
+    return out, lse
+
+
+def backward_varlen(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    pattern: Pattern,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v in their shapes and dtypes."""
+    grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    for documents in each_length(cu_seqlens, q.shape[0], max_seqlen):
+        into_lse = None if grad_lse is None else documents.take(grad_lse)
+        known = (documents.take(x) for x in (q, k, v, out, lse))
+        for whole, grad in zip(
+            grads, backward(documents.take(grad_out), into_lse, *known, pattern, scale), strict=True
+        ):
+            documents.put(whole, grad)
+    return grads
 
 
 def _heads(members: tuple[int, ...]) -> slice | list[int]:

@@ -1,0 +1,274 @@
+"""The `vendor` backend: dense kernels of cuDNN and FlashAttention, on views that make a stride dense.
+
+In the residue classes of a stride, strided attention is dense. With n = length / stride, position c + r * stride is
+row r of class c, so that a view [batch * heads, stride, n, dim] of q, k and v gives every class as a head of its own,
+and the kernels that chip makers write for dense attention compute it exactly; nothing is copied.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+
+from longstride.backends.request import Request
+from longstride.patterns import Pattern
+from longstride.patterns.regions import Band
+from longstride.plan import plan
+
+name = "vendor"
+differentiable = False
+takes_lse_gradient = False  # the kernels compute delta = sum(out * grad_out) themselves, with no place for the lse's
+
+#: Rows of a class from which these kernels were measured to be faster than those of the `triton` backend; the classes
+#: of dense patterns are the whole sequence, and are theirs at any length. H100, bf16: benchmarks/attention_gpu.py.
+PREFERRED_ROWS = 512
+
+#: Rows of a class from which the forward alone is, by head_dim: up to 64, and above.
+PREFERRED_FORWARD_ROWS = (129, 65)
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+class Classes(NamedTuple):
+    """What the kernels run: dense attention, causal or not, in each residue class mod `dilation`."""
+
+    dilation: int
+    causal: bool
+
+
+# ---- choosing -----------------------------------------------------------------------------------------------------
+
+
+def refusals(request: Request) -> list[str]:
+    if request.device_type != "cuda":
+        return [f"its kernels are for CUDA devices, and the tensors are on {request.device_type}"]
+    found = []
+    if request.dtype not in DTYPES:
+        found.append(f"dtype {request.dtype} is neither float16 nor bfloat16")
+    if request.num_heads != request.num_kv_heads:
+        found.append(f"{request.num_heads} heads share {request.num_kv_heads} kv_heads: it wants as many of both")
+    if request.head_dim != request.v_head_dim:
+        found.append(f"v_head_dim {request.v_head_dim} is not head_dim {request.head_dim}")
+    if request.head_dim % 8 or request.head_dim > 128:
+        found.append(f"head_dim {request.head_dim} is not a multiple of 8 up to 128")
+    if request.q_len != request.kv_len:
+        found.append(f"{request.q_len} queries for {request.kv_len} keys: it wants as many of both")
+        return found
+    classes = classes_of(request.pattern, request.q_len, request.num_heads)
+    if classes is None:
+        found.append(f"{request.pattern} is not dense, nor dense in every residue class of a stride")
+    elif request.q_len % classes.dilation:
+        found.append(f"the stride {classes.dilation} does not divide the length {request.q_len}")
+    elif request.q_len == classes.dilation:
+        found.append("each class has a single position, which its kernels do not take")
+    elif request.strides is not None and not all(
+        fits(shape, stride, classes.dilation)
+        for shape, stride in zip((request.q_shape, request.k_shape, request.v_shape), request.strides, strict=True)
+    ):
+        found.append("q, k or v lies in memory so that its classes are no view; make it contiguous")
+    if not found and kernel() is None:
+        found.append("PyTorch has neither cuDNN nor FlashAttention kernels for this device")
+    return found
+
+
+def prefers(request: Request) -> str | None:
+    """By what was measured: `PREFERRED_ROWS`."""
+    classes = classes_of(request.pattern, request.q_len, request.num_heads)
+    if classes is None:
+        return None
+    if classes.dilation == 1:
+        return "the pattern is dense, and the vendors' dense kernels are the fastest"
+    rows = request.q_len // classes.dilation
+    if rows < PREFERRED_ROWS:
+        return None
+    return f"every class of the stride is dense over {rows:,} rows, where the vendors' dense kernels are the fastest"
+
+
+def prefers_forward(request: Request) -> str | None:
+    """By what was measured: `PREFERRED_FORWARD_ROWS`."""
+    classes = classes_of(request.pattern, request.q_len, request.num_heads)
+    if classes is None or request.q_len // classes.dilation < PREFERRED_FORWARD_ROWS[request.head_dim > 64]:
+        return None
+    rows = request.q_len // classes.dilation
+    return f"over classes of {rows:,} rows the vendors' dense forward is the fastest, and triton's backward"
+
+
+def describe(request: Request) -> str:
+    classes = classes_of(request.pattern, request.q_len, request.num_heads)
+    assert classes is not None, "describe is asked of requests that are not refused"
+    rows = request.q_len // classes.dilation
+    what = "causal" if classes.causal else "full"
+    runs = "flash-attn-4" if _newest(classes.dilation, request.head_dim) else kernel()
+    return f"dense {what} attention of {runs} over {rows:,} rows in each of {classes.dilation:,} classes, a view"
+
+
+def classes_of(pattern: Pattern, length: int, heads: int) -> Classes | None:
+    """The pattern as dense attention in residue classes; None where it is something else."""
+    groups = plan(pattern, length, length, heads).groups
+    if len(groups) != 1 or len(groups[0][1]) != 1:
+        return None
+    part = groups[0][1][0]
+    if part.minus or part.skip_rows or part.term.regions:
+        return None
+    dilation, lo, hi = _ends(part.term.band or Band(1, None, None), length)
+    return Classes(dilation, lo == 0) if hi is None and lo in (0, None) else None
+
+
+def _ends(band: Band, length: int) -> tuple[int, int | None, int | None]:
+    """dilation, lo and hi, where an end that reaches past the length is none."""
+    most = (length - 1) // band.dilation
+    lo = None if band.lo is None or band.lo <= -most else band.lo
+    hi = None if band.hi is None or band.hi >= most else band.hi
+    return band.dilation, lo, hi
+
+
+def fits(shape: tuple[int, ...], stride: tuple[int, ...], dilation: int) -> bool:
+    """True where the classes of a tensor of that shape and stride are a view that the kernels can read."""
+    batch, heads, length, dim = shape
+    by_batch, by_head, by_row, by_dim = stride
+    # Kernels load 16 bytes at a time; an expanded dim, of stride 0, is not for every one of them.
+    aligned = all(
+        step > 0 and step % 8 == 0 for n, step in ((batch, by_batch), (heads, by_head), (length, by_row)) if n > 1
+    )
+    one_dim = dilation == 1 or batch == 1 or heads == 1 or by_batch == heads * by_head
+    return aligned and one_dim and (by_dim == 1 or dim == 1)
+
+
+@lru_cache
+def kernel() -> str | None:
+    """``cudnn`` or ``flash``, as this device and this PyTorch have them; None for neither."""
+    if not torch.cuda.is_available():
+        return None
+    generation = torch.cuda.get_device_capability()[0]
+    cudnn = torch.backends.cudnn.version() or 0
+    if generation >= 9 and cudnn >= 90100 and _has("_scaled_dot_product_cudnn_attention", "compute_log_sumexp"):
+        return "cudnn"
+    return "flash" if generation >= 8 and _has("_scaled_dot_product_flash_attention", "return_debug_mask") else None
+
+
+def _has(operator: str, argument: str) -> bool:
+    """True when this PyTorch has a private operator and its backward, under the signature that is used here."""
+    if not (hasattr(torch.ops.aten, operator) and hasattr(torch.ops.aten, operator + "_backward")):
+        return False
+    arguments = [a.name for a in getattr(torch.ops.aten, operator).default._schema.arguments]
+    return argument in arguments and "is_causal" in arguments and "scale" in arguments
+
+
+def _newest(dilation: int, head_dim: int) -> Any:
+    """flash-attn-4 where it is installed and is the fastest of all: dense patterns, the head_dims it is tuned for."""
+    return _flash_attn_4() if dilation == 1 and head_dim in (64, 96, 128) else None
+
+
+@lru_cache
+def _flash_attn_4() -> Any:
+    """The module of the package flash-attn-4 with its forward and backward, on a Hopper device; None without."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    try:
+        module = import_module("flash_attn.cute.interface")
+    except ImportError:
+        return None
+    return module if hasattr(module, "_flash_attn_fwd") and hasattr(module, "_flash_attn_bwd") else None
+
+
+# ---- running ------------------------------------------------------------------------------------------------------
+
+
+def classed(x: torch.Tensor, dilation: int) -> torch.Tensor:
+    """[batch, heads, length, dim] as [batch * heads, dilation, length / dilation, dim]; a view where `fits`."""
+    if dilation == 1:
+        return x
+    return x.flatten(0, 1).unflatten(1, (-1, dilation)).transpose(1, 2)
+
+
+def whole(x: torch.Tensor, batch: int, dilation: int) -> torch.Tensor:
+    """The inverse of `classed`, contiguous; of a log-sum-exp too, without dim."""
+    if dilation > 1:
+        x = x.transpose(1, 2).flatten(1, 2).unflatten(0, (batch, -1))
+    return x.contiguous()
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, contiguous; not differentiable by itself."""
+    dilation, causal = _classes(q, pattern)
+    if scale <= 0:
+        # The kernels take the largest score of a row before they scale it.
+        q, scale = q * scale, 1.0
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    newest = _newest(dilation, q.shape[3])
+    if newest is not None:
+        by_token = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = newest._flash_attn_fwd(*by_token, softmax_scale=scale, causal=causal, return_lse=True)
+        return out.transpose(1, 2).contiguous(), lse.contiguous()
+    views = (classed(x, dilation) for x in (q, k, v))
+    if kernel() == "cudnn":
+        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out, lse = cudnn(*views, None, True, 0.0, causal, False, scale=scale)[:2]
+    else:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = flash(*views, 0.0, causal, False, scale=scale)[:2]
+    # cuDNN has a last dim of 1 for the log-sum-exp; FlashAttention of some versions rounds its rows up.
+    lse = lse.reshape(*lse.shape[:2], -1)[..., : out.shape[2]]
+    return whole(out, q.shape[0], dilation), whole(lse, q.shape[0], dilation)
+
+
+def backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pattern: Pattern,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, contiguous."""
+    assert grad_lse is None, "requests with gradients through the log-sum-exp are refused"
+    if scale <= 0:
+        grad_q, grad_k, grad_v = backward(grad_out, None, q * scale, k, v, out, lse, pattern, 1.0)
+        return grad_q * scale, grad_k, grad_v
+    dilation, causal = _classes(q, pattern)
+    batch = q.shape[0]
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    # cuDNN wants both of these in one layout.
+    out, grad_out = out.contiguous(), grad_out.contiguous()
+    newest = _newest(dilation, q.shape[3])
+    if newest is not None:
+        by_token = (x.transpose(1, 2) for x in (q, k, v, out, grad_out))
+        grads = newest._flash_attn_bwd(*by_token, lse.contiguous(), softmax_scale=scale, causal=causal)[:3]
+        grad_q, grad_k, grad_v = (grad.transpose(1, 2).contiguous() for grad in grads)
+        return grad_q, grad_k, grad_v
+    q, k, v, out, grad_out = (classed(x, dilation) for x in (q, k, v, out, grad_out))
+    lse = classed(lse[..., None], dilation).contiguous()
+    rows = q.shape[2]
+    if kernel() == "cudnn":
+        # Dropout's seed and offset: asked for, and not looked at without dropout.
+        seed, offset = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
+        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        known = (grad_out, q, k, v, out, lse, seed, offset, None, None, None)
+        grads = cudnn(*known, rows, rows, 0.0, causal, scale=scale)
+    else:
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        offset = torch.zeros(0, dtype=torch.uint64, device=q.device)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        known = (grad_out, q, k, v, out, lse[..., 0], None, None, rows, rows)
+        grads = flash(*known, 0.0, causal, seed, offset, scale=scale)
+    grad_q, grad_k, grad_v = (whole(grad, batch, dilation) for grad in grads[:3])
+    return grad_q, grad_k, grad_v
+
+
+def _classes(q: torch.Tensor, pattern: Pattern) -> Classes:
+    classes = classes_of(pattern, q.shape[2], q.shape[1])
+    assert classes is not None, "requests for other patterns are refused"
+    return classes
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """The kernels want the first number at a multiple of 16 bytes, as slices of a wider tensor may not have it."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()

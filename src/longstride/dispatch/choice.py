@@ -1,0 +1,143 @@
+"""Which backend runs a request: the one that is named, or the fastest that takes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from longstride.backends import flex, reference, triton, vendor
+from longstride.backends import torch as torch_backend
+from longstride.backends.request import Request
+from longstride.errors import ArgumentError, UnsupportedError
+
+#: The backends, the one to prefer first, except where another one `prefers` the request.
+BACKENDS: dict[str, Any] = {
+    "triton": triton,
+    "vendor": vendor,
+    "torch": torch_backend,
+    "flex": flex,
+    "reference": reference,
+}
+
+#: A choice that is left to the operator, with what it needs to know. Compiled code does not choose: lengths may be
+#: symbolic there, and plans are not for tracing.
+_LATER = "later:"
+
+
+def choose(request: Request, backend: str | None = None, *, operators_only: bool = False) -> tuple[str, str]:
+    """The backend that runs the request, and why; `halves` reads the name, which may be of two.
+
+    Args:
+        request: what is asked.
+        backend: the name asked for, or None.
+        operators_only: leave out the backends that autograd differentiates by itself.
+
+    Raises:
+        ArgumentError: no backend has that name.
+        UnsupportedError: the named one, or all, refuse. The message lists every backend.
+    """
+    if backend is not None:
+        check_name(backend)
+        if refusals := refusals_of(backend, request):
+            raise UnsupportedError(_refusal_text(request, f"backend {backend!r} was asked for, but {refusals[0]}"))
+        return backend, "it was asked for"
+    taking: list[str] = []
+    for name in BACKENDS:
+        if for_checking(name) or (operators_only and differentiable(name)):
+            continue
+        if not refusals_of(name, request):
+            if reason := _preference(name, request):
+                return name, reason
+            taking.append(name)
+    if taking:
+        return taking[0], "the fastest that takes the request"
+    raise UnsupportedError(_refusal_text(request, "no backend takes the request"))
+
+
+def halves(chosen: str) -> tuple[Any, Any]:
+    """The modules of the forward and of the backward: two where ``forward+backward`` was chosen."""
+    ahead, _, back = chosen.partition("+")
+    return BACKENDS[ahead], BACKENDS[back or ahead]
+
+
+def is_settled(told: str) -> bool:
+    """True for what `choose` returned, False for what `later` did."""
+    return told.partition("+")[0] in BACKENDS
+
+
+def _shared(request: Request) -> str | None:
+    """Why the vendors' forward goes with our backward here; None where one backend does both.
+
+    Both keep the same output and log-sum-exp, so that either can go on where the other left off.
+    """
+    if vendor.prefers(request) and not request.through_lse:
+        return None
+    reason = vendor.prefers_forward(request)
+    alone = replace(request, through_lse=False)
+    if reason is None or for_checking("triton") or refusals_of("vendor", alone) or refusals_of("triton", request):
+        return None
+    return reason
+
+
+def refusals_of(name: str, request: Request) -> list[str]:
+    """Why the backend cannot take the request; [] when it can."""
+    module = BACKENDS[name]
+    found = list(module.refusals(request))
+    if request.varlen and not hasattr(module, "forward_varlen"):
+        found.append("it takes no packed documents")
+    if request.through_lse and not getattr(module, "takes_lse_gradient", True):
+        found.append("it has no gradient through the log-sum-exp, which return_lse=True asks for")
+    return found
+
+
+def for_checking(name: str) -> bool:
+    """True where the backend is never chosen, only named: the truth, and kernels that Triton interprets."""
+    return name == "reference" or (name == "triton" and triton.interpreted())
+
+
+def differentiable(name: str) -> bool:
+    """True where autograd differentiates the backend's `forward`; False where it runs inside an operator."""
+    return getattr(BACKENDS[name], "differentiable", False)
+
+
+def check_name(backend: Any) -> None:
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ArgumentError(f"backend={backend!r}: known backends are {', '.join(map(repr, BACKENDS))}")
+
+
+def _preference(name: str, request: Request) -> str | None:
+    prefers = getattr(BACKENDS[name], "prefers", None)
+    return None if prefers is None else prefers(request)
+
+
+def _refusal_text(request: Request, what: str) -> str:
+    lines = [f"{what}; all backends:"]
+    for name in BACKENDS:
+        refusals = refusals_of(name, request)
+        lines.append(f"  {name}: {'; '.join(refusals) if refusals else 'takes it: pass backend=' + repr(name)}")
+    return "\n".join(lines)
+
+
+# ---- choosing when the operator runs ------------------------------------------------------------------------------
+
+
+def later(backend: str | None, through_lse: bool) -> str:
+    """What compiled code is told in place of a backend's name; `settled` reads it inside the operator."""
+    if backend is None:
+        return f"{_LATER}:lse" if through_lse else _LATER
+    check_name(backend)
+    if backend == "reference":
+        return backend
+    if differentiable(backend):
+        raise UnsupportedError(
+            f"the {backend} backend compiles itself: call it outside torch.compile, or name another backend"
+        )
+    return f"{_LATER}{backend}:lse" if through_lse else f"{_LATER}{backend}"
+
+
+@lru_cache(maxsize=1024)
+def settled(told: str, request: Request) -> str:
+    """The name of the backend that `later` has put off, chosen for the request at hand."""
+    name, _, lse = told.removeprefix(_LATER).partition(":")
+    return choose(replace(request, through_lse=bool(lse)), name or None, operators_only=True)[0]

@@ -1,0 +1,335 @@
+"""The operators behind the two public ops: what autograd, fake tensors and the compiler know of them.
+
+PyTorch's operators take no Python values, so a pattern travels by a name that is looked up again inside. The name is a
+plain string, which torch.compile treats as a constant of the graph. So does the backend: its name, or what
+`longstride.dispatch.choice.later` says.
+
+There are two doors to one room. An operator's own machinery takes longer than a GPU takes for a short sequence, and in
+ordinary eager code nobody looks at it. So `batched` and `packed` use the operator where it is `watched`, and else call
+the backend, through a `torch.autograd.Function` where gradients are wanted. Both doors have the same backend, the same
+tensors kept and the same derivative. Microseconds of `attention` besides the backend's own, on one core of a CPU:
+
+    =====================  ========  =======
+    call                   operator  without
+    =====================  ========  =======
+    forward, no gradients        14        6
+    forward, gradients           30       12
+    forward and backward         68       35
+    =====================  ========  =======
+
+22 of the last 35 are those of a `torch.autograd.Function` that does nothing.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from longstride.backends.request import Request
+from longstride.dispatch.checks import no_autocast, wants_gradients, watched
+from longstride.dispatch.choice import halves, is_settled, settled
+from longstride.errors import UnsupportedError
+from longstride.patterns import Pattern, parse
+from longstride.patterns.base import name_of, named
+
+
+@lru_cache(maxsize=256)
+def _pattern(name: str) -> Pattern:
+    pattern = named(name)
+    return parse(name) if pattern is None else pattern
+
+
+def operator_name(pattern: Pattern) -> str:
+    """What the operator calls the pattern: only its text where compiled code makes the pattern itself."""
+    return pattern.name or (name_of(pattern) if pattern.exists else str(pattern))
+
+
+def _past_the_operator(pattern: Pattern | str, tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """True where a backward may leave the operator out: its forward did, and nobody watches now either.
+
+    Where a derivative of the derivative may follow, the operator is what refuses it.
+    """
+    return not isinstance(pattern, str) and not torch.is_grad_enabled() and not watched(*tensors)
+
+
+def _text(pattern: Pattern | str) -> str:
+    return pattern if isinstance(pattern, str) else operator_name(pattern)
+
+
+def _lse_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _refuse_second_derivative(_ctx: Any, *_grads: Any) -> Any:
+    raise UnsupportedError("the sparse backends have no second derivatives: pass backend='reference', which has")
+
+
+# ---- batches ------------------------------------------------------------------------------------------------------
+
+
+def _backends(told: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> tuple[Any, Any]:
+    """What runs the forward and what runs the backward."""
+    if is_settled(told):
+        return halves(told)
+    strides = (q.stride(), k.stride(), v.stride())
+    return halves(settled(told, Request(pattern, q.shape, k.shape, v.shape, q.dtype, q.device.type, strides)))
+
+
+def _run_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rule: Pattern,
+    scale: float,
+    told: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with no_autocast(q):
+        return _backends(told, q, k, v, rule)[1].backward(grad_out, grad_lse, q, k, v, out, lse, rule, scale)
+
+
+@torch.library.custom_op("longstride::attention", mutates_args=())
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: str, scale: float, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rule = _pattern(pattern)
+    with no_autocast(q):
+        return _backends(backend, q, k, v, rule)[0].forward(q, k, v, rule, scale)
+
+
+@_attention.register_fake
+def _(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_settings: Any) -> Any:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+@torch.library.custom_op("longstride::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pattern: str,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _run_backward(grad_out, grad_lse, q, k, v, out, lse, _pattern(pattern), scale, backend)
+
+
+@_attention_backward.register_fake
+def _(_grad_out: Any, _grad_lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_others: Any) -> Any:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return (None,) * 6
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    pattern, scale, told = ctx.settings
+    known = (grad_out, grad_lse, q, k, v, out, lse)
+    if _past_the_operator(pattern, known):
+        grads = _run_backward(*known, pattern, scale, told)
+    else:
+        grads = _batched_backward(*known, _text(pattern), scale, told)
+    return *grads, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+_attention_backward.register_autograd(_refuse_second_derivative)
+
+# Looking an overload up by name at each call would cost as much as the call.
+_batched = torch.ops.longstride.attention.default
+_batched_backward = torch.ops.longstride.attention_backward.default
+
+
+class Attention(torch.autograd.Function):
+    """The other door.
+
+    `forward` keeps what it needs itself: with a `setup_context` PyTorch inspects its signature at each call, for 17
+    microseconds. That is only of use to transforms such as vmap, which go by the operator.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *known, told = inputs
+        output = halves(told)[0].forward(*known)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return _differentiate(ctx, *grads)
+
+
+def batched(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float, told: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, differentiable, of the backend `told`; autocast is off."""
+    if watched(q, k, v):
+        return _batched(q, k, v, operator_name(pattern), scale, told)
+    if wants_gradients(q, k, v):
+        return Attention.apply(q, k, v, pattern, scale, told)
+    return halves(told)[0].forward(q, k, v, pattern, scale)
+
+
+# ---- packed documents ---------------------------------------------------------------------------------------------
+
+
+def varlen_request(
+    pattern: Pattern,
+    shapes: tuple[tuple[int, ...], ...],
+    max_seqlen: int,
+    dtype: torch.dtype,
+    device_type: str,
+    through_lse: bool = False,
+) -> Request:
+    """Packed documents as a request: `shapes` are those of q, k and v without the tokens."""
+    q, k, v = ((1, heads, max_seqlen, dim) for heads, dim in shapes)
+    return Request(pattern, q, k, v, dtype, device_type, through_lse=through_lse, varlen=True)
+
+
+def _varlen_backend(told: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, longest: int, rule: Pattern) -> Any:
+    """What runs both halves."""
+    if is_settled(told):
+        return halves(told)[0]
+    shapes = (q.shape[1:], k.shape[1:], v.shape[1:])
+    return halves(settled(told, varlen_request(rule, shapes, longest, q.dtype, q.device.type)))[0]
+
+
+def _run_varlen_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    rule: Pattern,
+    scale: float,
+    told: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with no_autocast(q):
+        chosen = _varlen_backend(told, q, k, v, max_seqlen, rule)
+        return chosen.backward_varlen(grad_out, grad_lse, q, k, v, out, lse, cu_seqlens, max_seqlen, rule, scale)
+
+
+@torch.library.custom_op("longstride::attention_varlen", mutates_args=())
+def _attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    pattern: str,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rule = _pattern(pattern)
+    with no_autocast(q):
+        chosen = _varlen_backend(backend, q, k, v, max_seqlen, rule)
+        return chosen.forward_varlen(q, k, v, cu_seqlens, max_seqlen, rule, scale)
+
+
+@_attention_varlen.register_fake
+def _(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_settings: Any) -> Any:
+    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=_lse_dtype(q))
+
+
+@torch.library.custom_op("longstride::attention_varlen_backward", mutates_args=())
+def _attention_varlen_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    pattern: str,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    known = (grad_out, grad_lse, q, k, v, out, lse, cu_seqlens, max_seqlen)
+    return _run_varlen_backward(*known, _pattern(pattern), scale, backend)
+
+
+@_attention_varlen_backward.register_fake
+def _(_grad_out: Any, _grad_lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_others: Any) -> Any:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_varlen(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_varlen(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return (None,) * 8
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    max_seqlen, pattern, scale, told = ctx.settings
+    known = (grad_out, grad_lse, q, k, v, out, lse, cu_seqlens)
+    if _past_the_operator(pattern, known):
+        grads = _run_varlen_backward(*known, max_seqlen, pattern, scale, told)
+    else:
+        grads = _packed_backward(*known, max_seqlen, _text(pattern), scale, told)
+    return *grads, None, None, None, None, None
+
+
+_attention_varlen.register_autograd(_differentiate_varlen, setup_context=_save_varlen)
+_attention_varlen_backward.register_autograd(_refuse_second_derivative)
+
+_packed = torch.ops.longstride.attention_varlen.default
+_packed_backward = torch.ops.longstride.attention_varlen_backward.default
+
+
+class AttentionVarlen(torch.autograd.Function):
+    """The other door, as `Attention` is."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *known, told = inputs
+        output = halves(told)[0].forward_varlen(*known)
+        _save_varlen(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return _differentiate_varlen(ctx, *grads)
+
+
+def packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    pattern: Pattern,
+    scale: float,
+    told: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, differentiable, of the backend `told`; autocast is off."""
+    if watched(q, k, v, cu_seqlens):
+        return _packed(q, k, v, cu_seqlens, max_seqlen, operator_name(pattern), scale, told)
+    if wants_gradients(q, k, v):
+        return AttentionVarlen.apply(q, k, v, cu_seqlens, max_seqlen, pattern, scale, told)
+    return halves(told)[0].forward_varlen(q, k, v, cu_seqlens, max_seqlen, pattern, scale)

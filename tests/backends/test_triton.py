@@ -1,0 +1,394 @@
+"""The Triton kernels on the CPU, in Triton's interpreter, against the reference in float64.
+
+Tiles are 16 rows there, so that short sequences have many. bfloat16 is left to tests/gpu: the interpreter multiplies
+its bit patterns as integers.
+"""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from tests.interpreted import WHY_NOT, interpreter
+from tests.oracle import (
+    assert_as_precise_as_plain,
+    assert_blind,
+    assert_same,
+    attend,
+    make_inputs,
+    results,
+)
+from tests.strategies import ATOMS, Thirds, lengths, patterns, random_table
+from tests.test_attention_varlen import make_packed, one_by_one, packed
+
+import longstride as ls
+from longstride.backends import triton as triton_backend
+from longstride.backends.request import Request
+from longstride.backends.triton import lowering, tuning
+from longstride.plan import KINDS
+
+pytestmark = [
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
+    # NumPy warns of what a GPU does in silence: inf - inf of huge keys that a mask then hides.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+#: The largest difference from the float64 reference: float32 numbers below 10, and nothing that a lost pair could pass.
+NEAR = 2e-5
+
+MERGED = ls.Local(4) | ls.Strided(4)
+#: A pattern without a pair at the lengths of these tests.
+NOTHING = ls.Local(3) & ls.Global((90,))
+TAKEN = tuple(atom for atom in ATOMS if not isinstance(atom, Thirds))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_the_interpreter():
+    with interpreter():
+        yield
+
+
+@pytest.fixture
+def launch():
+    """The module that launches; what it remembers is forgotten before and after, so that it can be changed."""
+    module = importlib.import_module("longstride.backends.triton.launch")
+    module.prepare.cache_clear()
+    yield module
+    module.prepare.cache_clear()
+
+
+@pytest.fixture
+def no_cells(launch, monkeypatch):  # noqa: ARG001 - forgets what was prepared with cells
+    """The general kernels compute closed cells as well."""
+    monkeypatch.setattr(tuning, "cell_shape", lambda *_: None)
+
+
+def assert_triton_is_reference(pattern, q_len, kv_len, *, scale=None, through_lse=True, **shape):
+    """out, lse and all gradients in float32."""
+    shape = {"batch": 1, "heads": 2, "kv_heads": 1, "dim": 5, "v_dim": 7} | shape
+    inputs = make_inputs(q_len=q_len, kv_len=kv_len, dtype=torch.float32, **shape)
+    assert_near(attend(pattern, "triton", scale), attend(pattern, "reference", scale), inputs, through_lse)
+
+
+def assert_near(compute, truth, inputs, through_lse=True):
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got = results(compute, inputs, through_lse=through_lse)
+    wanted = results(truth, exact, through_lse=through_lse)
+    assert_same({name: x.double() for name, x in got.items()}, wanted, NEAR)
+
+
+def launches(pattern, length, heads=2, kv_heads=1):
+    low = lowering.lowered(ls.plan(pattern, length, length, heads), kv_heads)
+    return (*low.queries, *low.keys)
+
+
+# ---- every kind of part ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", TAKEN, ids=str)
+def test_an_atom_is_computed(pattern):
+    for size in ((35, 35), (5, 40), (1, 33)):
+        assert_triton_is_reference(pattern, *size)
+
+
+#: What an atom does not show: parts of one launch that share no pair, results merged over launches, heads that differ.
+JOINED = [
+    MERGED,
+    ls.Local(20) | ls.Fixed(8, 2),
+    ls.Strided(4) | ls.Fixed(16, 4) | ls.Global(3),
+    ls.Strided(3) | ls.Strided(4) | ls.LogSparse(),
+    ls.longformer(6, (0, 9, 30)),
+    ls.bigbird(8),
+    ls.LogSparse() | ls.Summary(6, 2),
+    ls.RandomBlocks(8, 2) | ls.Global((2, 7)),
+    ls.Local(5) & ls.Fixed(8, 2),
+    ls.Strided(2) & ls.Global((2, 7, 11), causal=False),
+    ls.RandomBlocks(8, 2) | ls.Strided(5),
+    ls.BlockSparse(random_table(1, 20), 20) | ls.Local(2),
+    ls.per_head(ls.Local(5), ls.Strided(5)),
+    ls.per_head(ls.Global((2, 7)), ls.BlockLocal(20)) | ls.Local(2),
+    ls.BlockSparse(random_table(2, 8, 4), 8),
+]
+
+
+@pytest.mark.parametrize("pattern", JOINED, ids=str)
+def test_parts_that_are_joined(pattern):
+    assert_triton_is_reference(pattern, 35, 35, heads=4, kv_heads=2)
+
+
+def test_every_owner_and_source_is_among_them():
+    made = [launch for pattern in (*TAKEN, *JOINED) for launch in launches(pattern, 40, 4)]
+    assert {launch.owner for launch in made} == set(range(4))
+    assert {source.kind for launch in made for source in launch.sources} == set(range(6))
+    assert {part.kind for launch in made for part in launch.parts} == set(KINDS)
+    asked = {condition[0] for launch in made for source in launch.sources for condition in source.keep}
+    left_out = {kind for launch in made for source in launch.sources for term in source.drop for kind, _ in term}
+    assert asked | left_out == set(range(11))
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.filter_too_much])
+@given(
+    pattern=patterns(),
+    size=lengths(24),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    scale=st.sampled_from([None, None, 0.0, -0.5]),
+    through_lse=st.booleans(),
+)
+def test_any_request_is_computed(pattern, size, kv_heads, scale, through_lse):
+    assume(not lowering.obstacles(ls.plan(pattern, *size, 4)))
+    assert_triton_is_reference(
+        pattern, *size, heads=4, kv_heads=kv_heads, dim=3, v_dim=2, scale=scale, through_lse=through_lse
+    )
+
+
+# ---- closed cells ---------------------------------------------------------------------------------------------------
+
+#: Classes and blocks in one tile, several of them in one tile, and in two tiles; the heads of keys that these take.
+CELLS = [
+    (ls.Strided(5), 80, 1),
+    (ls.Strided(5), 37, 1),
+    (ls.Strided(4, causal=False), 33, 2),
+    (ls.Strided(2), 80, 2),
+    (ls.Strided(2, causal=False), 71, 2),
+    (ls.BlockLocal(24), 80, 1),
+    (ls.BlockLocal(5, causal=False), 33, 2),
+    (ls.BlockLocal(40), 80, 2),
+    (ls.BlockLocal(36, causal=False), 71, 2),
+    (ls.Dilated(4, 3), 50, 1),
+    (ls.Strided(5) | ls.Strided(7), 40, 2),
+]
+
+
+@pytest.mark.parametrize(("pattern", "length", "kv_heads"), CELLS, ids=str)
+def test_cells_in_one_kernel_and_in_the_general_ones(pattern, length, kv_heads, launch, monkeypatch):
+    for q_len in (length, length // 4):
+        assert_triton_is_reference(pattern, q_len, length, kv_heads=kv_heads)
+    monkeypatch.setattr(tuning, "cell_shape", lambda *_: None)
+    launch.prepare.cache_clear()
+    assert_triton_is_reference(pattern, length, length, kv_heads=kv_heads)
+
+
+def test_cells_take_one_tile_several_a_tile_and_two_tiles(launch):
+    found = set()
+    for pattern, length, kv_heads in CELLS:
+        shapes = launch.Shapes(length, length, 2, kv_heads, 5, 7, torch.float32, torch.device("cpu"), False)
+        for kind, job in launch.prepare(pattern, shapes).backward:
+            if kind == "cell":
+                found.add((job.settings["CLASSES"], job.settings["BLOCK_B"] > 0, job.settings["PACK"] > 1))
+    classes = {(True, False, False), (True, False, True), (True, True, False)}
+    assert found == {*classes, (False, False, False), (False, True, False)}
+
+
+# ---- shapes, strides, scales ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (5, 20), (24, 3), (48, 80), (16, 32)])
+def test_any_head_dim(dims):
+    for pattern in (MERGED, ls.LogSparse(3)):
+        assert_triton_is_reference(pattern, 17, 17, dim=dims[0], v_dim=dims[1])
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (4, 1)])
+def test_heads_that_share_keys(heads):
+    for pattern in (ls.Local(5), ls.Strided(3), ls.Fixed(8, 2)):
+        assert_triton_is_reference(pattern, 19, 19, batch=2, heads=heads[0], kv_heads=heads[1])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.3, -0.5])
+@pytest.mark.parametrize(
+    "pattern", [MERGED, ls.Local(20), ls.LogSparse(3), ls.BlockLocal(40), ls.RandomBlocks(8, 2)], ids=str
+)
+def test_any_scale(pattern, scale):
+    assert_triton_is_reference(pattern, 34, 34, scale=scale, heads=1)
+
+
+@pytest.mark.parametrize("pattern", [MERGED, ls.Local(20) | ls.Global(2), ls.LogSparse(4), ls.BlockLocal(40)], ids=str)
+def test_any_strides(pattern):
+    """Tokens before heads, every other number of a row, keys that heads share in memory, expanded gradients."""
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 34, 2, 10, generator=random).transpose(1, 2)[..., ::2]
+    k = torch.randn(1, 1, 34, 5, generator=random).expand(1, 2, 34, 5)
+    v = torch.randn(1, 7, 34, 2, generator=random).permute(0, 3, 2, 1)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    assert [x.is_contiguous() for x in leaves] == [False] * 3
+    copies = [x.detach().contiguous().requires_grad_() for x in leaves]
+    for weight in (torch.ones(()).expand(1, 2, 34, 7), torch.randn(7, 34, 2, 1, generator=random).permute(3, 2, 1, 0)):
+        into_lse = torch.full((1,), 0.5).expand(1, 2, 34)
+        found = []
+        for tensors in (leaves, copies):
+            out, lse = ls.attention(*tensors, pattern, backend="triton", return_lse=True)
+            assert out.is_contiguous()
+            incoming = (weight, into_lse) if tensors is leaves else (weight.contiguous(), into_lse.contiguous())
+            found.append((out, lse, *torch.autograd.grad((out, lse), tensors, incoming)))
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+    assert_near(attend(pattern, "triton"), attend(pattern, "reference"), leaves)
+
+
+@pytest.mark.parametrize("pattern", [MERGED, ls.Fixed(8, 2), ls.LogSparse(4), ls.RandomBlocks(8, 2)], ids=str)
+def test_offsets_of_64_bits_and_grids_cut_into_pieces(pattern, launch, monkeypatch):
+    monkeypatch.setattr(launch, "_wide", lambda *_: True)
+    monkeypatch.setattr(launch, "MOST_ROWS", 2)
+    assert_triton_is_reference(pattern, 20, 20, batch=3)
+
+
+def test_the_same_again_bit_by_bit():
+    inputs = make_inputs(1, 2, 1, 40, 40, dtype=torch.float32)
+    first, second = (results(attend(MERGED, "triton"), inputs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "pattern",
+    [ls.Local(9), ls.Strided(3), ls.Strided(2), MERGED, ls.Fixed(8, 2), ls.LogSparse(4), ls.bigbird(16)],
+    ids=str,
+)  # fmt: skip
+def test_as_precise_as_the_plain_computation(pattern, dtype):
+    assert_as_precise_as_plain(pattern, 33, 40, dtype, "triton", kv_heads=1, dim=12, v_dim=5)
+
+
+# ---- what may not be seen -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [*TAKEN, MERGED], ids=str)
+def test_nothing_is_seen_past_the_rule(pattern):
+    assert_blind(pattern, 34, 34, 19, "triton", torch.finfo(torch.float32).max, heads=1, kv_heads=1)
+
+
+UNSEEN = [
+    (MERGED, 3),
+    (ls.Local(5), 20),
+    (ls.Dilated(3, 4, lookahead=1), 7),
+    (ls.Strided(5), 3),
+    (ls.BlockLocal(20), 12),
+    (ls.BlockLocal(36, causal=False), 3),
+    (ls.Fixed(8, 2), 3),
+    (ls.Summary(6, 2), 40),
+    (ls.LogSparse(), 3),
+    (ls.RandomBlocks(4, 2), 3),
+    (ls.longformer(4, (0, 9)), 5),
+]
+
+
+@pytest.mark.parametrize("cells", [True, False])
+@pytest.mark.parametrize(("pattern", "q_len"), UNSEEN, ids=str)
+def test_gradients_do_not_pass_the_rule(pattern, q_len, cells, request):
+    """Keys and values that no query may see, as large as they can be, change no number and get a gradient of 0."""
+    if not cells:
+        request.getfixturevalue("no_cells")
+    q, k, v = make_inputs(1, 2, 2, q_len, 40, dtype=torch.float32)
+    seen = pattern.mask(q_len, 40, heads=2).any(1)[None, :, :, None]
+    assert not seen.all()
+    signs = torch.tensor([1.0, -1.0]).repeat(2)
+    most = torch.finfo(torch.float32).max
+    poisoned = [torch.where(seen, x.detach(), most * signs).requires_grad_() for x in (k, v)]
+    clean, found = (results(attend(pattern, "triton"), tensors) for tensors in ((q, k, v), (q, *poisoned)))
+    for name, before in clean.items():
+        assert torch.equal(found[name], before), name
+    for name in ("grad_k", "grad_v"):
+        assert not found[name][~seen.expand_as(found[name])].any()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ls.Summary(6, 2),
+        ls.Global((9, 20)),
+        ls.Strided(4) & ls.Summary(6, 2),
+        ls.BlockSparse(torch.ones(8, 8, dtype=torch.bool).tril(-1), 5),
+        ls.BlockLocal(6) & ls.Summary(6, 1),
+        ls.per_head(ls.Summary(6, 2), ls.Local(3)),
+        NOTHING,
+        ls.per_head(ls.Local(3), NOTHING),
+    ],
+    ids=str,
+)
+def test_queries_without_keys_are_zero_everywhere(pattern):
+    q, k, v = make_inputs(1, 2, 2, 30, 30, 4, 6, dtype=torch.float32)
+    empty = ~pattern.mask(30, heads=2).any(-1).expand(1, 2, 30)
+    assert empty.any()
+    out, lse = ls.attention(q, k, v, pattern, backend="triton", return_lse=True)
+    assert not out[empty].any()
+    assert (lse[empty] == -torch.inf).all()
+    # Gradients that flow into those rows end there, whatever they are.
+    into_out, into_lse = torch.randn_like(out), torch.randn_like(lse)
+    grads = torch.autograd.grad((out, lse), (q, k, v), (into_out, into_lse), retain_graph=True)
+    assert not grads[0][empty].any()
+    quiet = torch.autograd.grad((out, lse), (q, k, v), (into_out * ~empty[..., None], into_lse * ~empty))
+    for a, b in zip(grads, quiet, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+
+
+# ---- packed documents -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(triton_backend, "forward_varlen"), reason="not there yet")
+@pytest.mark.parametrize("pattern", [*JOINED, ls.Strided(2), ls.BlockLocal(20), ls.LogSparse(3)], ids=str)
+def test_packed_documents(pattern):
+    # Empty ones at either end and within, single tokens, one that two tiles hold.
+    documents = [0, 9, 1, 0, 33, 0]
+    inputs = make_packed(sum(documents), 4, 2, 5, 3, dtype=torch.float32)
+    assert_near(packed(pattern, documents, "triton", max_seqlen=40), one_by_one(pattern, documents), inputs)
+
+
+@pytest.mark.skipif(not hasattr(triton_backend, "forward_varlen"), reason="not there yet")
+def test_a_document_does_not_see_another():
+    q, k, v = (x.detach() for x in make_packed(60, 2, 2, dtype=torch.float32))
+    for pattern in (ls.Full(), MERGED, ls.BlockLocal(16, causal=False)):
+        before = packed(pattern, [20, 22, 18], "triton")(q, k, v)
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[:20] = x[42:] = torch.finfo(torch.float32).max
+        after = packed(pattern, [20, 22, 18], "triton")(*changed)
+        assert all(torch.equal(a[20:42], b[20:42]) for a, b in zip(before, after, strict=True))
+
+
+# ---- what is taken, and what is chosen ------------------------------------------------------------------------------
+
+
+def request_of(pattern, length=64, heads=2, dim=8, **others):
+    shape = (1, heads, length, dim)
+    return Request(pattern, shape, shape, shape, **({"dtype": torch.float32, "device_type": "cpu"} | others))
+
+
+TWO_TABLES = ls.BlockSparse(random_table(0, 4), 4) & ls.BlockSparse(random_table(1, 8), 8)
+
+REFUSED = [
+    (request_of(Thirds()), "the user's own Python code"),
+    (request_of(Thirds() & ls.Local(9)), "the user's own Python code"),
+    (request_of(TWO_TABLES), "a second block table, of other blocks"),
+    (request_of(ls.Local(3), dtype=torch.float64), "float64 is none of float16, bfloat16, float32"),
+    (request_of(ls.Local(3), dim=300), "head_dim 300 or v_head_dim 300 exceeds 256"),
+    (request_of(ls.Local(3), length=1 << 30), "32-bit arithmetic"),
+    (request_of(ls.Dilated(2, 1 << 25), length=1 << 27), "steps too far for 32-bit positions"),
+]
+
+
+@pytest.mark.parametrize(("request_", "words"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_the_kernels_cannot_do_is_said(request_, words):
+    assert any(words in refusal for refusal in triton_backend.refusals(request_)), triton_backend.refusals(request_)
+
+
+def test_a_refusal_names_the_backend_that_takes_it():
+    q, k, v = make_inputs(1, 2, 2, 20, 20, dtype=torch.float32)
+    with pytest.raises(ls.UnsupportedError, match=r"'triton' was asked for.*own Python code(.|\n)*torch: takes it"):
+        ls.attention(q, k, v, Thirds(), backend="triton")
+
+
+def test_interpreted_kernels_are_only_for_checking(monkeypatch):
+    q, k, v = make_inputs(1, 2, 2, 20, 20, dtype=torch.float32)
+    explanation = ls.explain(q, k, v, MERGED)
+    assert explanation.backend == "torch"
+    assert explanation.reasons["triton"].startswith("only used when named")
+    assert ls.explain(q, k, v, MERGED, backend="triton").backend == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "device cpu is not cuda" in ls.explain(q, k, v, MERGED).reasons["triton"]
+
+
+def test_the_operator_is_registered_as_pytorch_asks():
+    inputs = make_inputs(1, 2, 1, 12, 12, 4, 6, dtype=torch.float32)
+    checks = torch.library.opcheck(torch.ops.longstride.attention, (*inputs, "Local(3)", 0.5, "triton"))
+    assert set(checks.values()) == {"SUCCESS"}

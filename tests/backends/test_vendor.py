@@ -1,0 +1,159 @@
+"""Which requests the vendors' dense kernels take, and the views they are given; they run in tests/gpu."""
+
+import pytest
+import torch
+from tests.oracle import make_inputs, plain
+from tests.strategies import Thirds
+
+import longstride as ls
+from longstride.attention import describe
+from longstride.backends import triton, vendor
+from longstride.backends.request import Request
+from longstride.dispatch.choice import choose
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(vendor, "kernel", lambda: "cudnn")
+
+
+STRIDED = ls.Strided(64)
+
+
+def request(pattern=STRIDED, length=4096, kv_len=None, dim=64, v_dim=None, kv_heads=4, **others):
+    kv_len, v_dim = length if kv_len is None else kv_len, dim if v_dim is None else v_dim
+    settings = {"dtype": torch.bfloat16, "device_type": "cuda"} | others
+    shapes = (2, 4, length, dim), (2, kv_heads, kv_len, dim), (2, kv_heads, kv_len, v_dim)
+    return Request(pattern, *shapes, **settings)
+
+
+TAKEN = [
+    (ls.Causal(), (1, True)),
+    (ls.Full(), (1, False)),
+    (ls.Strided(64), (64, True)),
+    (ls.Strided(64, causal=False), (64, False)),
+    (ls.Local(4096), (1, True)),
+    (ls.Local(4096, lookahead=4095), (1, False)),
+    (ls.Dilated(64, 64), (64, True)),
+    (ls.Causal() | ls.Local(5), (1, True)),
+    (ls.Strided(64) | ls.Strided(128), (64, True)),
+    (ls.per_head(ls.Causal(), ls.Causal()), (1, True)),
+]
+
+
+@pytest.mark.parametrize(("pattern", "classes"), TAKEN, ids=str)
+def test_patterns_that_are_dense_in_classes(pattern, classes):
+    assert vendor.refusals(request(pattern)) == []
+    assert vendor.classes_of(pattern, 4096, 4) == classes
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, _ in TAKEN], ids=str)
+def test_the_classes_are_the_pattern(pattern):
+    for length in (64, 128, 256):
+        dilation, causal = vendor.classes_of(pattern, length, 4) or (None, None)
+        if dilation is not None:
+            i, j = torch.arange(length)[:, None], torch.arange(length)
+            inside = ((i - j) % dilation == 0) & ((j <= i) if causal else torch.ones_like(i, dtype=torch.bool))
+            assert torch.equal(inside.expand(4, -1, -1), pattern.mask(length, heads=4))
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (request(device_type="cpu"), "the tensors are on cpu"),
+        (request(dtype=torch.float32), "neither float16 nor bfloat16"),
+        (request(kv_heads=2), "4 heads share 2 kv_heads"),
+        (request(v_dim=32), "v_head_dim 32 is not head_dim 64"),
+        (request(dim=60), "head_dim 60 is not a multiple of 8"),
+        (request(dim=256), "head_dim 256"),
+        (request(length=64, kv_len=128), "64 queries for 128 keys"),
+        (request(ls.Local(64)), "Local(64) is not dense"),
+        (request(ls.Local(64) | ls.Strided(64)), "is not dense"),
+        (request(ls.per_head(ls.Causal(), ls.Strided(64))), "is not dense"),
+        (request(ls.BlockLocal(64)), "is not dense"),
+        (request(ls.Causal() & Thirds()), "is not dense"),
+        (request(ls.Dilated(8, 64)), "is not dense"),
+        (request(length=4000), "the stride 64 does not divide the length 4000"),
+        (request(length=64), "a single position"),
+    ],
+)
+def test_other_requests_are_refused(asked, words):
+    assert any(words in reason for reason in vendor.refusals(asked)), vendor.refusals(asked)
+
+
+def test_without_kernels_it_refuses(monkeypatch):
+    monkeypatch.setattr(vendor, "kernel", lambda: None)
+    assert vendor.refusals(request()) == ["PyTorch has neither cuDNN nor FlashAttention kernels for this device"]
+
+
+def strides_of(make) -> tuple[tuple[int, ...], ...]:
+    return tuple(make(n).stride() for n in range(3))
+
+
+LAYOUTS = {
+    "contiguous": (lambda _: torch.empty(2, 4, 128, 64), True, True),
+    "tokens first": (lambda _: torch.empty(2, 128, 4, 64).transpose(1, 2), False, True),
+    "tokens first, one sequence": (lambda n: torch.empty(1, 128, 3, 4, 64)[:, :, n].transpose(1, 2), True, True),
+    "packed, one head": (lambda n: torch.empty(2, 128, 3, 1, 64)[:, :, n].transpose(1, 2), True, True),
+    "dim not last": (lambda _: torch.empty(2, 4, 64, 128).transpose(2, 3), False, False),
+    "expanded": (lambda _: torch.empty(2, 1, 128, 64).expand(2, 4, 128, 64), False, False),
+    "odd rows": (lambda _: torch.empty(2, 4, 128, 68)[..., :64], False, False),
+}
+
+
+@pytest.mark.parametrize(("make", "strided", "dense"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_that_are_views(make, strided, dense):
+    """What `fits` says yes to becomes a view of the same memory."""
+    x = make(0)
+    for dilation, wanted in ((16, strided), (1, dense)):
+        assert vendor.fits(tuple(x.shape), x.stride(), dilation) == wanted
+        if wanted:
+            view = vendor.classed(x, dilation)
+            assert view.data_ptr() == x.data_ptr()
+            assert view.shape == ((x.shape[0] * x.shape[1], 16, 8, 64) if dilation > 1 else x.shape)
+    refused = vendor.refusals(Request(ls.Strided(16), *[tuple(x.shape)] * 3, torch.bfloat16, "cuda", strides_of(make)))
+    assert refused == (
+        [] if strided else ["q, k or v lies in memory so that its classes are no view; make it contiguous"]
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("stride", [1, 4, 12])
+def test_dense_attention_on_the_view_is_strided_attention(stride, causal):
+    inputs = [x.detach() for x in make_inputs(2, 3, 3, 48, 48, 8)]
+    q, k, v = (vendor.classed(x, stride) for x in inputs)
+    rows = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+    out, lse = plain(q, k, v, rows.tril() if causal else rows)
+    wanted = ls.attention(*inputs, ls.Strided(stride, causal=causal), backend="reference", return_lse=True)
+    for x, truth in zip((out, lse), wanted, strict=True):
+        got = vendor.whole(x, 2, stride)
+        assert got.is_contiguous()
+        torch.testing.assert_close(got, truth, rtol=0, atol=1e-12)
+    assert torch.equal(vendor.whole(vendor.classed(inputs[0], stride), 2, stride), inputs[0])
+
+
+def test_it_goes_first_where_its_kernels_are_the_fastest(monkeypatch):
+    monkeypatch.setattr(triton, "refusals", lambda _: [])
+    monkeypatch.setattr(triton, "describe", lambda _: "")
+    monkeypatch.setattr(triton, "forward_varlen", None, raising=False)
+    for pattern, length, wanted in (
+        (ls.Causal(), 256, "vendor"),
+        (ls.Full(), 256, "vendor"),
+        (ls.Strided(8), 4096, "vendor"),
+        (ls.Strided(8), 4088, "triton"),
+        (ls.Strided(64), 4096, "triton"),
+        (ls.Local(64), 4096, "triton"),
+    ):
+        assert choose(request(pattern, length))[0] == wanted
+    assert choose(request(ls.Causal(), through_lse=True))[0] == "triton"
+    assert choose(request(ls.Causal(), varlen=True))[0] == "triton"
+    with pytest.raises(ls.UnsupportedError, match="packed documents"):
+        choose(request(ls.Causal(), varlen=True), "vendor")
+    with pytest.raises(ls.UnsupportedError, match="no gradient through the log-sum-exp"):
+        choose(request(ls.Causal(), through_lse=True), "vendor")
+    text = str(describe(request(ls.Strided(8))))
+    assert "backend vendor: chosen (every class of the stride is dense over 512 rows" in text
+    assert "dense causal attention of cudnn over 512 rows in each of 8 classes, a view" in text
+    # Without the other one it runs what it does not prefer, too.
+    monkeypatch.setattr(triton, "refusals", lambda _: ["not here"])
+    assert choose(request(ls.Strided(64)))[0] == "vendor"
