@@ -1,4 +1,4 @@
-# make setup | demo | test | check | gpu-test | gpu-bench
+# make setup | demo | test | check | gpu-test | gpu-sanitize | gpu-bench
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
 VENV := .venv
@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 # The computations of tests and checks are small: one thread a process is the fastest.
 ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 
-.PHONY: help setup demo test check format gpu-test gpu-bench clean
+.PHONY: help setup demo test check format gpu-test gpu-sanitize gpu-bench clean
 
 help:
 	@echo "make setup      create $(VENV) with the pinned packages and Longstride itself"
@@ -17,6 +17,7 @@ help:
 	@echo "make check      formatting, lint, types, layers, examples in the documentation"
 	@echo "make format     rewrite the code in the project's format"
 	@echo "make gpu-test   run the tests that need a CUDA device, with the machine's own python3"
+	@echo "make gpu-sanitize  look for bad memory accesses and races in the Triton kernels with compute-sanitizer"
 	@echo "make gpu-bench  measure attention on a CUDA device, with the machine's own python3"
 	@echo "make clean      remove $(VENV)"
 
@@ -50,6 +51,11 @@ format: setup
 
 gpu-test:
 	PYTHONPATH=src TORCHINDUCTOR_COMPILE_THREADS=1 python3 -m pytest tests/gpu
+
+gpu-sanitize:
+	for tool in memcheck racecheck; do \
+	  PYTHONPATH=src compute-sanitizer --tool $$tool --error-exitcode 1 python3 tests/gpu/sanitize.py || exit 1; \
+	done
 
 gpu-bench:
 	PYTHONPATH=src TORCHINDUCTOR_COMPILE_THREADS=1 python3 benchmarks/attention_gpu.py

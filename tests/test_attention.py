@@ -485,9 +485,9 @@ MISTAKES = [
     (call(scale=float("nan")), ["scale=nan", "finite"]),
     (call(scale=float("inf")), ["scale=inf", "finite"]),
     (call(scale="a"), ["scale='a'", "number"]),
-    (call(backend="trition"), ["backend='trition'", "'torch', 'flex', 'reference'"]),
-    (call(backend=""), ["backend=''", "'torch', 'flex', 'reference'"]),
-    (call(backend=3), ["backend=3", "'torch', 'flex', 'reference'"]),
+    (call(backend="trition"), ["backend='trition'", "'torch', 'flex', 'vendor', 'reference'"]),
+    (call(backend=""), ["backend=''", "'torch', 'flex', 'vendor', 'reference'"]),
+    (call(backend=3), ["backend=3", "'torch', 'flex', 'vendor', 'reference'"]),
 ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.interpreted import WHY_NOT, interpreter
 from tests.oracle import (
     assert_as_precise_as_plain,
     assert_blind,
@@ -28,6 +29,7 @@ from tests.oracle import (
 import longstride as ls
 from longstride.backends import torch as torch_backend
 from longstride.backends.torch import fused
+from longstride.backends.triton import lowering
 from longstride.patterns import counting
 from longstride.patterns.regions import Band
 from longstride.plan import Dense, Listed, Masked, Window
@@ -434,6 +436,230 @@ def test_the_mistake_is_caught(mistake, check):
         mistake(patch)
         with pytest.raises(AssertionError):
             check()
+
+
+# ---- the Triton kernels, in the interpreter -------------------------------------------------------------------------
+
+
+def triton_module(name):
+    return importlib.import_module(f"longstride.backends.triton.{name}")
+
+
+def in_triton(patch: pytest.MonkeyPatch, name: str, broken: object) -> None:
+    """Replace a function in every module of the Triton backend that has it; kernels call plain functions as well."""
+    owners = [
+        triton_module(path) for path in ("geometry", "forward_kernel", "backward_kernels", "cell_kernel", "launch")
+    ]
+    owners = [module for module in owners if hasattr(module, name)]
+    assert owners, f"no module has {name}"
+    for module in owners:
+        patch.setattr(module, name, broken)
+
+
+def forget_launches():
+    lowering.lowered.cache_clear()
+    if not WHY_NOT:
+        triton_module("launch").prepare.cache_clear()
+
+
+def triton_numbers(pattern, q_len=40, kv_len=40, heads=1, kv_heads=1, scale=None):
+    inputs = make_inputs(1, heads, kv_heads, q_len, kv_len, 4, dtype=torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got = results(attend(pattern, "triton", scale), inputs)
+    assert_same(
+        {name: x.double() for name, x in got.items()}, results(attend(pattern, "reference", scale), exact), 2e-5
+    )
+
+
+def triton_window():
+    triton_numbers(ls.Local(20), 70, 70)  # more rows than one closed cell takes
+
+
+def triton_causal():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_module("tuning"), "LONG", 0)  # with a stretch that runs without a mask
+        triton_numbers(ls.Causal(), 70, 70)
+
+
+def triton_window_blind():
+    assert_blind(ls.Local(20), 40, 40, 30, "triton", 1e30, heads=1, kv_heads=1)
+
+
+def triton_classes():
+    triton_numbers(ls.Strided(5))
+
+
+def triton_decoded_classes():
+    triton_numbers(ls.Strided(4), 10)
+
+
+def triton_blocks():
+    triton_numbers(ls.BlockLocal(36), heads=2, kv_heads=2)
+
+
+def triton_merged():
+    triton_numbers(ls.Local(4) | ls.Strided(4))
+
+
+def triton_summaries():
+    triton_numbers(ls.Fixed(8, 2))
+
+
+def triton_distances():
+    triton_numbers(ls.LogSparse(4))
+
+
+def triton_shared_keys():
+    triton_numbers(ls.Local(5), heads=2)
+
+
+def triton_tables():
+    triton_numbers(ls.RandomBlocks(8, 2), heads=2, kv_heads=2)
+
+
+def triton_negative_scale():
+    triton_numbers(ls.Local(5), scale=-0.5)
+
+
+def queries_see_one_key_too_many(patch):
+    holds = triton_module("geometry")._holds
+
+    def broken(i, j, kind, *others):
+        return holds(i + 1 if kind == lowering.LEAST else i, j, kind, *others)
+
+    in_triton(patch, "_holds", broken)
+
+
+def windows_of_one_key_less(patch):
+    holds = triton_module("geometry")._holds
+
+    def broken(i, j, kind, *others):
+        return holds(i + 1 if kind == lowering.MOST else i, j, kind, *others)
+
+    in_triton(patch, "_holds", broken)
+
+
+def packed_classes_mixed(patch):
+    holds = triton_module("geometry")._holds
+
+    def broken(i, j, kind, *others):
+        return (i == i) & (j == j) if kind == lowering.OWN_CLASS else holds(i, j, kind, *others)
+
+    in_triton(patch, "_holds", broken)
+
+
+def last_tile_of_a_stretch_skipped(patch):
+    stretch = triton_module("geometry").stretch
+
+    def broken(*some):
+        start, clear_start, clear_stop, stop = stretch(*some)
+        return start, clear_start, clear_stop, stop - 16
+
+    in_triton(patch, "stretch", broken)
+
+
+def masks_left_out_to_the_end(patch):
+    stretch = triton_module("geometry").stretch
+
+    def broken(*some):
+        start, clear_start, _, stop = stretch(*some)
+        return start, clear_start, stop, stop
+
+    in_triton(patch, "stretch", broken)
+
+
+def last_tile_never_launched(patch):
+    for name in ("_job", "_cell_job"):
+        make = getattr(triton_module("launch"), name)
+        patch.setattr(
+            triton_module("launch"), name, lambda *some, make=make, **more: _one_tile_less(make(*some, **more))
+        )
+
+
+def _one_tile_less(job):
+    return replace(job, tiles=job.tiles - 1)
+
+
+def merging_forgotten(patch):
+    patch.setattr(triton_module("launch"), "_order", lambda launches, _: ([False] * len(launches), False))
+
+
+def delta_not_subtracted(patch):
+    scores = triton_module("backward_kernels").scores
+    in_triton(patch, "scores", lambda q, do, lse, delta, *others: scores(q, do, lse, delta * 0.0, *others))
+
+
+def sums_not_rescaled(patch):
+    absorb = triton_module("forward_kernel").absorb
+
+    def broken(acc, top, total, *others):
+        _, new_top, new_total = absorb(acc, top, total, *others)
+        return absorb(acc, new_top, total, *others)[0], new_top, new_total
+
+    in_triton(patch, "absorb", broken)
+
+
+def log_sum_exp_in_base_2(patch):
+    in_triton(patch, "LN_2", 1.0)
+
+
+def second_reader_forgotten(patch):
+    make = triton_module("launch")._job
+    patch.setattr(triton_module("launch"), "_job", lambda *some, **more: replace(make(*some, **more), readers=1))
+
+
+def tables_of_the_first_head(patch):
+    table = lowering._table
+    patch.setattr(lowering, "_table", lambda *some: (table(*some)[0], 0))
+
+
+def distances_one_off(patch):
+    put = lowering._Writer.put_list
+    patch.setattr(lowering._Writer, "put_list", lambda self, values: put(self, values + 1))
+
+
+def sign_lost_in_the_launch(patch):
+    scales = triton_module("launch")._scales
+    patch.setattr(triton_module("launch"), "_scales", lambda scale: scales(abs(scale)))
+
+
+CAUGHT_IN_TRITON = [
+    (queries_see_one_key_too_many, triton_window),
+    (queries_see_one_key_too_many, triton_window_blind),
+    (queries_see_one_key_too_many, triton_blocks),
+    (windows_of_one_key_less, triton_window),
+    (packed_classes_mixed, triton_classes),
+    (packed_classes_mixed, triton_decoded_classes),
+    (last_tile_of_a_stretch_skipped, triton_window),
+    (last_tile_of_a_stretch_skipped, triton_summaries),
+    (last_tile_of_a_stretch_skipped, triton_tables),
+    (masks_left_out_to_the_end, triton_causal),
+    (last_tile_never_launched, triton_window),
+    (last_tile_never_launched, triton_blocks),
+    (merging_forgotten, triton_merged),
+    (delta_not_subtracted, triton_window),
+    (delta_not_subtracted, triton_blocks),
+    (sums_not_rescaled, triton_window),
+    (log_sum_exp_in_base_2, triton_window),
+    (second_reader_forgotten, triton_shared_keys),
+    (tables_of_the_first_head, triton_tables),
+    (distances_one_off, triton_distances),
+    (sign_lost_in_the_launch, triton_negative_scale),
+]
+
+
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("mistake", "check"), CAUGHT_IN_TRITON, ids=lambda function: function.__name__)
+def test_the_mistake_in_a_kernel_is_caught(mistake, check):
+    with interpreter(), pytest.MonkeyPatch.context() as patch:
+        forget_launches()
+        check()
+        forget_launches()
+        mistake(patch)
+        with pytest.raises(AssertionError):
+            check()
+    forget_launches()
 
 
 @pytest.mark.parametrize("name", ["out", "lse", "grad_q", "grad_k", "grad_v"])

@@ -18,7 +18,7 @@ from longstride.dispatch.checks import (
     refuse_tangents,
     wants_lse_gradient,
 )
-from longstride.dispatch.choice import BACKENDS, choose, differentiable, is_settled, later
+from longstride.dispatch.choice import BACKENDS, choose, differentiable, later
 from longstride.dispatch.custom_ops import batched
 from longstride.dispatch.explanation import Explanation, describe, explain
 from longstride.patterns import Pattern
@@ -100,7 +100,7 @@ def attention(
         chosen = _settle(pattern, shapes, strides, dtypes, devices, backend, through_lse)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if chosen != "reference":
-        refuse_tangents(chosen if is_settled(chosen) else "chosen", q, k, v)
+        refuse_tangents(chosen if chosen in BACKENDS else "chosen", q, k, v)
     if chosen in BACKENDS and differentiable(chosen):
         out, lse = BACKENDS[chosen].forward(q, k, v, pattern, scale)
     else:

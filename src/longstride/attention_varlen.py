@@ -19,7 +19,7 @@ from longstride.dispatch.checks import (
     refuse_tangents,
     wants_lse_gradient,
 )
-from longstride.dispatch.choice import BACKENDS, choose, differentiable, is_settled, later
+from longstride.dispatch.choice import BACKENDS, choose, differentiable, later
 from longstride.dispatch.custom_ops import packed, varlen_request
 from longstride.errors import ArgumentError
 from longstride.patterns import Pattern
@@ -118,7 +118,7 @@ def attention_varlen(
         chosen = _settle(pattern, sizes, max_seqlen, q.dtype, q.device.type, backend, through_lse)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if chosen != "reference":
-        refuse_tangents(chosen if is_settled(chosen) else "chosen", q, k, v)
+        refuse_tangents(chosen if chosen in BACKENDS else "chosen", q, k, v)
     if chosen in BACKENDS and differentiable(chosen):
         out, lse = BACKENDS[chosen].forward_varlen(q, k, v, cu_seqlens, max_seqlen, pattern, scale)
     else:

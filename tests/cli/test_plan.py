@@ -77,7 +77,7 @@ def test_backend_and_reason() -> None:
         (["Local(3)", "--heads", 8, "--kv-heads", 3], "--kv-heads 3: they must divide the 8 query heads"),
         (["Local(3)", "--dtype", "int8"], "--dtype int8: it must be one of fp16, bf16, fp32, fp64"),
         (["Local(3)", "--device", "tpu"], "--device tpu: it must be one of cpu, cuda, mps"),
-        (["Local(3)", "--backend", "fast"], "--backend fast: it must be one of triton, vendor, torch, flex, reference"),
+        (["Local(3)", "--backend", "fast"], "--backend fast: it must be one of triton, torch, flex, vendor, reference"),
         (["per_head(Local(4), Strided(4))", "--heads", 3], "3 heads"),
     ],
 )

@@ -18,14 +18,11 @@ from tests.strategies import Thirds, random_table
 from torch.utils.checkpoint import checkpoint
 
 import longstride as ls
-from longstride.backends import triton as triton_backend
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-needs_varlen = pytest.mark.skipif(not hasattr(triton_backend, "forward_varlen"), reason="not there yet")
 
 HEADS = 4
 LONGEST = 720
@@ -194,10 +191,15 @@ def mask_of(pattern: ls.Pattern, q_len: int, kv_len: int, heads: int = HEADS) ->
 
 
 def assert_precise(got, truth, usual, dtype, case) -> None:
-    """The table of tests/oracle.py."""
+    """The table of tests/oracle.py.
+
+    The floor of a gradient is relative to the largest of the three: over a single key grad_q and grad_k are exactly 0,
+    which the plain computation hits, and kernels that take delta from the output miss by a rounding of grad_v's size.
+    """
+    largest = max(truth[name].abs().max().item() for name in ("grad_q", "grad_k", "grad_v"))
     for name, factor in TIMES_PLAIN.items():
         error, allowed = ((x[name].double() - truth[name]).abs() for x in (got, usual))
-        floor = FLOOR[dtype] * truth[name].abs().max().item()
+        floor = FLOOR[dtype] * (largest if name.startswith("grad") else truth[name].abs().max().item())
         for measure in (torch.max, lambda x: x.square().mean().sqrt()):
             most, found = factor * measure(allowed).item() + floor, measure(error).item()
             assert found <= most, f"{name}: {found:.3g} > {most:.3g}; {case}"
@@ -395,7 +397,6 @@ def check_documents(
     assert_precise(got, *found, dtype, case)
 
 
-@needs_varlen
 @pytest.mark.parametrize("index", range(0, len(POOL), 2), ids=lambda index: str(POOL[index])[:60])
 def test_packed_documents(index: int, record_property) -> None:
     torch.manual_seed(index)
@@ -628,7 +629,6 @@ def test_a_table_that_is_too_small_is_named_before_any_launch() -> None:
         ls.attention(x, x, x, ls.BlockSparse(random_table(0, 16), 16), backend="triton")
 
 
-@needs_varlen
 def test_wrong_offsets_are_named() -> None:
     x = torch.zeros(200, HEADS, 64, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(ls.ArgumentError, match="must end at 200"):

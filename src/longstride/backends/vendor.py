@@ -22,13 +22,6 @@ name = "vendor"
 differentiable = False
 takes_lse_gradient = False  # the kernels compute delta = sum(out * grad_out) themselves, with no place for the lse's
 
-#: Rows of a class from which these kernels were measured to be faster than those of the `triton` backend; the classes
-#: of dense patterns are the whole sequence, and are theirs at any length. H100, bf16: benchmarks/attention_gpu.py.
-PREFERRED_ROWS = 512
-
-#: Rows of a class from which the forward alone is, by head_dim: up to 64, and above.
-PREFERRED_FORWARD_ROWS = (129, 65)
-
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -39,7 +32,7 @@ class Classes(NamedTuple):
     causal: bool
 
 
-# ---- choosing -----------------------------------------------------------------------------------------------------
+# ---- what it takes ------------------------------------------------------------------------------------------------
 
 
 def refusals(request: Request) -> list[str]:
@@ -72,28 +65,6 @@ def refusals(request: Request) -> list[str]:
     if not found and kernel() is None:
         found.append("PyTorch has neither cuDNN nor FlashAttention kernels for this device")
     return found
-
-
-def prefers(request: Request) -> str | None:
-    """By what was measured: `PREFERRED_ROWS`."""
-    classes = classes_of(request.pattern, request.q_len, request.num_heads)
-    if classes is None:
-        return None
-    if classes.dilation == 1:
-        return "the pattern is dense, and the vendors' dense kernels are the fastest"
-    rows = request.q_len // classes.dilation
-    if rows < PREFERRED_ROWS:
-        return None
-    return f"every class of the stride is dense over {rows:,} rows, where the vendors' dense kernels are the fastest"
-
-
-def prefers_forward(request: Request) -> str | None:
-    """By what was measured: `PREFERRED_FORWARD_ROWS`."""
-    classes = classes_of(request.pattern, request.q_len, request.num_heads)
-    if classes is None or request.q_len // classes.dilation < PREFERRED_FORWARD_ROWS[request.head_dim > 64]:
-        return None
-    rows = request.q_len // classes.dilation
-    return f"over classes of {rows:,} rows the vendors' dense forward is the fastest, and triton's backward"
 
 
 def describe(request: Request) -> str:

@@ -14,9 +14,9 @@ from longstride.errors import ArgumentError, UnsupportedError
 #: The backends, the one to prefer first, except where another one `prefers` the request.
 BACKENDS: dict[str, Any] = {
     "triton": triton,
-    "vendor": vendor,
     "torch": torch_backend,
     "flex": flex,
+    "vendor": vendor,
     "reference": reference,
 }
 
@@ -26,7 +26,7 @@ _LATER = "later:"
 
 
 def choose(request: Request, backend: str | None = None, *, operators_only: bool = False) -> tuple[str, str]:
-    """The backend that runs the request, and why; `halves` reads the name, which may be of two.
+    """The backend that runs the request, and why.
 
     Args:
         request: what is asked.
@@ -44,7 +44,7 @@ def choose(request: Request, backend: str | None = None, *, operators_only: bool
         return backend, "it was asked for"
     taking: list[str] = []
     for name in BACKENDS:
-        if for_checking(name) or (operators_only and differentiable(name)):
+        if only_named(name) or (operators_only and differentiable(name)):
             continue
         if not refusals_of(name, request):
             if reason := _preference(name, request):
@@ -53,31 +53,6 @@ def choose(request: Request, backend: str | None = None, *, operators_only: bool
     if taking:
         return taking[0], "the fastest that takes the request"
     raise UnsupportedError(_refusal_text(request, "no backend takes the request"))
-
-
-def halves(chosen: str) -> tuple[Any, Any]:
-    """The modules of the forward and of the backward: two where ``forward+backward`` was chosen."""
-    ahead, _, back = chosen.partition("+")
-    return BACKENDS[ahead], BACKENDS[back or ahead]
-
-
-def is_settled(told: str) -> bool:
-    """True for what `choose` returned, False for what `later` did."""
-    return told.partition("+")[0] in BACKENDS
-
-
-def _shared(request: Request) -> str | None:
-    """Why the vendors' forward goes with our backward here; None where one backend does both.
-
-    Both keep the same output and log-sum-exp, so that either can go on where the other left off.
-    """
-    if vendor.prefers(request) and not request.through_lse:
-        return None
-    reason = vendor.prefers_forward(request)
-    alone = replace(request, through_lse=False)
-    if reason is None or for_checking("triton") or refusals_of("vendor", alone) or refusals_of("triton", request):
-        return None
-    return reason
 
 
 def refusals_of(name: str, request: Request) -> list[str]:
@@ -91,9 +66,12 @@ def refusals_of(name: str, request: Request) -> list[str]:
     return found
 
 
-def for_checking(name: str) -> bool:
-    """True where the backend is never chosen, only named: the truth, and kernels that Triton interprets."""
-    return name == "reference" or (name == "triton" and triton.interpreted())
+def only_named(name: str) -> bool:
+    """True where the backend is never chosen, only named.
+
+    That is the truth; kernels that Triton interprets; and `vendor`, until the benchmark has figures of it.
+    """
+    return name in ("reference", "vendor") or (name == "triton" and triton.interpreted())
 
 
 def differentiable(name: str) -> bool:

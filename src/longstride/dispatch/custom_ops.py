@@ -29,7 +29,7 @@ import torch
 
 from longstride.backends.request import Request
 from longstride.dispatch.checks import no_autocast, wants_gradients, watched
-from longstride.dispatch.choice import halves, is_settled, settled
+from longstride.dispatch.choice import BACKENDS, settled
 from longstride.errors import UnsupportedError
 from longstride.patterns import Pattern, parse
 from longstride.patterns.base import name_of, named
@@ -69,12 +69,11 @@ def _refuse_second_derivative(_ctx: Any, *_grads: Any) -> Any:
 # ---- batches ------------------------------------------------------------------------------------------------------
 
 
-def _backends(told: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> tuple[Any, Any]:
-    """What runs the forward and what runs the backward."""
-    if is_settled(told):
-        return halves(told)
+def _backend(told: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Any:
+    if told in BACKENDS:
+        return BACKENDS[told]
     strides = (q.stride(), k.stride(), v.stride())
-    return halves(settled(told, Request(pattern, q.shape, k.shape, v.shape, q.dtype, q.device.type, strides)))
+    return BACKENDS[settled(told, Request(pattern, q.shape, k.shape, v.shape, q.dtype, q.device.type, strides))]
 
 
 def _run_backward(
@@ -90,7 +89,7 @@ def _run_backward(
     told: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with no_autocast(q):
-        return _backends(told, q, k, v, rule)[1].backward(grad_out, grad_lse, q, k, v, out, lse, rule, scale)
+        return _backend(told, q, k, v, rule).backward(grad_out, grad_lse, q, k, v, out, lse, rule, scale)
 
 
 @torch.library.custom_op("longstride::attention", mutates_args=())
@@ -99,7 +98,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rule = _pattern(pattern)
     with no_autocast(q):
-        return _backends(backend, q, k, v, rule)[0].forward(q, k, v, rule, scale)
+        return _backend(backend, q, k, v, rule).forward(q, k, v, rule, scale)
 
 
 @_attention.register_fake
@@ -166,7 +165,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         *known, told = inputs
-        output = halves(told)[0].forward(*known)
+        output = BACKENDS[told].forward(*known)
         _save(ctx, inputs, output)
         return output
 
@@ -183,7 +182,7 @@ def batched(
         return _batched(q, k, v, operator_name(pattern), scale, told)
     if wants_gradients(q, k, v):
         return Attention.apply(q, k, v, pattern, scale, told)
-    return halves(told)[0].forward(q, k, v, pattern, scale)
+    return BACKENDS[told].forward(q, k, v, pattern, scale)
 
 
 # ---- packed documents ---------------------------------------------------------------------------------------------
@@ -203,11 +202,10 @@ def varlen_request(
 
 
 def _varlen_backend(told: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, longest: int, rule: Pattern) -> Any:
-    """What runs both halves."""
-    if is_settled(told):
-        return halves(told)[0]
+    if told in BACKENDS:
+        return BACKENDS[told]
     shapes = (q.shape[1:], k.shape[1:], v.shape[1:])
-    return halves(settled(told, varlen_request(rule, shapes, longest, q.dtype, q.device.type)))[0]
+    return BACKENDS[settled(told, varlen_request(rule, shapes, longest, q.dtype, q.device.type))]
 
 
 def _run_varlen_backward(
@@ -308,7 +306,7 @@ class AttentionVarlen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         *known, told = inputs
-        output = halves(told)[0].forward_varlen(*known)
+        output = BACKENDS[told].forward_varlen(*known)
         _save_varlen(ctx, inputs, output)
         return output
 
@@ -332,4 +330,4 @@ def packed(
         return _packed(q, k, v, cu_seqlens, max_seqlen, operator_name(pattern), scale, told)
     if wants_gradients(q, k, v):
         return AttentionVarlen.apply(q, k, v, cu_seqlens, max_seqlen, pattern, scale, told)
-    return halves(told)[0].forward_varlen(q, k, v, cu_seqlens, max_seqlen, pattern, scale)
+    return BACKENDS[told].forward_varlen(q, k, v, cu_seqlens, max_seqlen, pattern, scale)

@@ -9,7 +9,7 @@ import torch
 
 from longstride.backends.request import Request
 from longstride.dispatch.checks import autocast, autocast_on, request_of
-from longstride.dispatch.choice import BACKENDS, choose, for_checking, refusals_of
+from longstride.dispatch.choice import BACKENDS, choose, only_named, refusals_of
 from longstride.errors import UnsupportedError
 from longstride.patterns import Pattern
 from longstride.plan import plan
@@ -52,7 +52,7 @@ def describe(request: Request, backend: str | None = None) -> Explanation:
             continue
         if refusals:
             reasons[name] = "; ".join(refusals)
-        elif for_checking(name):
+        elif only_named(name):
             reasons[name] = f"only used when named: {module.describe(request)}"
         else:
             reasons[name] = f"backend {backend!r} was asked for" if backend else f"{chosen} comes first here"

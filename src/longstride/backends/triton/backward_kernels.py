@@ -261,7 +261,7 @@ def _tile_kv(
         v = rows_of(V, j, j_there, v_t, v_d, dv, V_DIM, V_DIM_PAD, WIDE)
         grad_k = tl.zeros([BLOCK_KV, DIM_PAD], tl.float32)
         grad_v = tl.zeros([BLOCK_KV, V_DIM_PAD], tl.float32)
-        for reader in tl.range(0, readers):
+        for reader in tl.range(0, readers, num_stages=1):
             head_here = kv_head_here * readers + reader
             h = tl.cast(head_first + head_here, tl.int64)
             Qh = Q + h * q_h

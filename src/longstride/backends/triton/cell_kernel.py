@@ -123,7 +123,7 @@ def backward_cell(
     if BLOCK_B == 0:
         grad_k = tl.zeros([BLOCK_A, DIM_PAD], tl.float32)
         grad_v = tl.zeros([BLOCK_A, V_DIM_PAD], tl.float32)
-        for _ in tl.range(0, readers):
+        for _ in tl.range(0, readers, num_stages=1):
             q, do, lse, delta = _queries(
                 Q, Out, Lse, GradOut, GradLse, Delta, j, i_there, q_t, q_d, o_t, o_d, l_t, go_t, go_d, gl_t, d, dv,
                 MAKE_DELTA, KEEP_DELTA, HAS_GRAD_LSE, SIGN, DIM, V_DIM, DIM_PAD, V_DIM_PAD, WIDE,

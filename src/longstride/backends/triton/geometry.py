@@ -230,27 +230,27 @@ def _listed(x, lists, place, count):
 
 @triton.jit
 def _holds(i, j, KIND: tl.constexpr, INDEX: tl.constexpr, numbers: tl.constexpr, spots, lists):
+    # One chain: the compiler goes on past a `return` that is not the last thing of its branch.
     if KIND == KEY_LIST:
         return _listed(j, lists, spots[INDEX], spots[INDEX + 1])
     elif KIND == QUERY_LIST:
         return _listed(i, lists, spots[INDEX], spots[INDEX + 1])
     elif KIND == DISTANCE:
         return _listed(tl.abs(i - j), lists, spots[INDEX], spots[INDEX + 1])
-    a = numbers[INDEX]
-    if KIND == LEAST:  # written so that the only step in two dimensions is a comparison
-        return j <= i - a
+    elif KIND == LEAST:  # written so that the only step in two dimensions is a comparison
+        return j <= i - numbers[INDEX]
     elif KIND == MOST:
-        return j >= i - a
+        return j >= i - numbers[INDEX]
     elif KIND == SAME_BLOCK:
-        return i // a == j // a
+        return i // numbers[INDEX] == j // numbers[INDEX]
     elif KIND == KEY_GROUP:
-        return (j % a >= numbers[INDEX + 1]) & (j % a < numbers[INDEX + 2])
+        return (j % numbers[INDEX] >= numbers[INDEX + 1]) & (j % numbers[INDEX] < numbers[INDEX + 2])
     elif KIND == QUERY_FIRST:
-        return i < a
+        return i < numbers[INDEX]
     elif KIND == KEY_FIRST:
-        return j < a
+        return j < numbers[INDEX]
     else:  # CLASS and OWN_CLASS
-        return i % a == j % a
+        return i % numbers[INDEX] == j % numbers[INDEX]
 
 
 @triton.jit
@@ -401,6 +401,9 @@ def met(
         else:
             position = first % step + n % PACK + (place + n // PACK) * step
             there = (place + n // PACK < stop) & (position >= (0 if KEYS else low)) & (position < kv_len)
+            # Past the last class the same positions would come once more, as another row of the first classes.
+            lane = (first - low) % step if KEYS else first % step
+            there = there & (lane + n % PACK < step)
     elif KIND == COLUMNS:
         count = numbers[INDEX + 5]
         c = tl.minimum(place + n, stop)  # the first n keys are a group of one huge block, whose successor is far enough

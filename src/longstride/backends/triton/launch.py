@@ -111,7 +111,7 @@ def prepare(pattern: Pattern, shapes: Shapes) -> Prepared:
     share = shapes.heads // shapes.kv_heads
 
     ahead, filled = [], False
-    adds, filled = _order(low.queries, lambda launch: range(launch.head, launch.head + launch.heads))
+    adds, filled = _order(low.queries, _q_heads, shapes.heads)
     for launch, add in zip(low.queries, adds, strict=True):
         fits = tuning.cell_shape("forward_cell", family, shapes.dtype, width, launch.cell)
         if fits is not None and 2 * shapes.q_len > shapes.kv_len:
@@ -135,9 +135,12 @@ def prepare(pattern: Pattern, shapes: Shapes) -> Prepared:
             cells[index] = (twin, both)
     in_cells = {id(twin) for twin, _ in cells.values()}
     q_side = sorted(low.queries, key=lambda launch: not launch.whole)
-    q_adds, q_filled = _order(q_side, lambda launch: range(launch.head, launch.head + launch.heads))
+    q_adds, q_filled = _order(q_side, _q_heads, shapes.heads)
     q_add = {id(launch): add for launch, add in zip(q_side, q_adds, strict=True)}
-    kv_adds, kv_filled = _order(low.keys, lambda launch: _kv_heads(launch, share))
+    kv_adds, kv_filled = _order(low.keys, lambda launch: _kv_heads(launch, share), shapes.kv_heads)
+    # A launch of all three gradients may come early, for its delta, and must then find something to add to.
+    if any(kv_adds[index] for index in cells):
+        kv_adds, kv_filled = [True] * len(low.keys), True
     needs_later: list[tuple[str, Job]] = []
     # delta is made by the first job that goes over the queries of a head, and read by the later ones.
     makes = {id(launch): not add and launch.whole for launch, add in zip(q_side, q_adds, strict=True)}
@@ -167,34 +170,44 @@ def prepare(pattern: Pattern, shapes: Shapes) -> Prepared:
             shape = tuning.shape("backward_kv", family, shapes.dtype, width, launch.span)
             job = _job(backward_kv, launch, shapes, shape, False, ADD=add, MAKE_DELTA=False)
             kv_jobs.append(("kv", job))
-    backward = _sorted_jobs(cell_jobs, needs_later, kv_jobs)
+    backward = _sorted_jobs(kv_filled, cell_jobs, needs_later, kv_jobs)
     lists = low.lists.to(shapes.device)
     return Prepared(lists, tuple(ahead), filled, backward, (q_filled, kv_filled), delta)
 
 
-def _sorted_jobs(*groups: list[tuple[str, Job]]) -> tuple[tuple[str, Job], ...]:
-    """Jobs that make delta before those that read it; jobs that store before those that add."""
+def _sorted_jobs(kv_filled: bool, *groups: list[tuple[str, Job]]) -> tuple[tuple[str, Job], ...]:
+    """Jobs that make delta before those that read it; jobs that store before those that add to what they stored."""
     jobs = [job for group in groups for job in group]
 
     def rank(item: tuple[str, Job]) -> tuple[bool, bool]:
         settings = item[1].settings
-        adds = settings.get("ADD", settings.get("ADD_Q", False) or settings.get("ADD_KV", False))
+        adds = settings.get("ADD", settings.get("ADD_Q", False) or (settings.get("ADD_KV", False) and not kv_filled))
         return (not settings.get("MAKE_DELTA", False), adds)
 
     return tuple(sorted(jobs, key=rank))
 
 
-def _order(launches: tuple[Launch, ...] | list[Launch], touched: Callable[[Launch], range]) -> tuple[list[bool], bool]:
-    """For each launch in turn whether it adds to what is there; and whether the result must be filled before."""
+def _order(
+    launches: tuple[Launch, ...] | list[Launch], touched: Callable[[Launch], range], heads: int
+) -> tuple[list[bool], bool]:
+    """For each launch in turn whether it adds to what is there; and whether the result must be filled before.
+
+    It must where a launch comes first that does not go over every row, and where no launch comes at all: a head
+    without a pair.
+    """
     seen: set[int] = set()
     adds = []
     for launch in launches:
-        heads = set(touched(launch))
-        if (not launch.whole and not heads <= seen) or (seen & heads and not heads <= seen):
+        mine = set(touched(launch))
+        if not mine <= seen and (not launch.whole or seen & mine):
             return [True] * len(launches), True
-        adds.append(bool(seen & heads))
-        seen |= heads
-    return adds, False
+        adds.append(bool(seen & mine))
+        seen |= mine
+    return adds, len(seen) < heads
+
+
+def _q_heads(launch: Launch) -> range:
+    return range(launch.head, launch.head + launch.heads)
 
 
 def _kv_heads(launch: Launch, share: int) -> range:

@@ -68,7 +68,7 @@ def _hopper(kernel: str, dim: int, span: int) -> Shape:
         if dim > 64:
             return Shape(128, 128, 8, 3) if span > 2 * LONG else Shape(64, 32, 4, 3)
         if span >= 2 * LONG:
-            return Shape(64, 64, 4, 3) if span >= 8 * LONG else Shape(128, 32, 4, 3)
+            return Shape(128, 64, 4, 3)
         return Shape(64, 64, 4, 3) if span < LONG else Shape(64, 64, 4, 2)
     if kernel == "backward_q":
         if dim > 64:
