@@ -581,7 +581,7 @@ def _one_tile_less(job):
 
 
 def merging_forgotten(patch):
-    patch.setattr(triton_module("launch"), "_order", lambda launches, _: ([False] * len(launches), False))
+    patch.setattr(triton_module("launch"), "_order", lambda launches, *_: ([False] * len(launches), False))
 
 
 def delta_not_subtracted(patch):

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @dataclass(frozen=True, repr=False)
-class Thirds(ls.Pattern):
+class EveryThird(ls.Pattern):
     """A user's own rule: every third key back, and one key that all may read."""
 
     shared: int = 5
@@ -42,12 +42,12 @@ class Untraceable(ls.Pattern):
 
 
 PATTERNS = [
-    Thirds(),
-    Thirds() | ls.Local(20),
-    Thirds() & ls.Local(70),
+    EveryThird(),
+    EveryThird() | ls.Local(20),
+    EveryThird() & ls.Local(70),
     Later(),
-    ls.per_head(Thirds(), ls.Local(9)),
-    ls.per_head(Thirds(), ls.Causal(), Later(), Thirds(9)),
+    ls.per_head(EveryThird(), ls.Local(9)),
+    ls.per_head(EveryThird(), ls.Causal(), Later(), EveryThird(9)),
     ls.Local(17),
     ls.Strided(16) | ls.Fixed(32, 4),
     ls.Global(5),
@@ -119,14 +119,14 @@ def test_rows_without_keys_are_zero_everywhere() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_chosen_for_rules_of_ones_own() -> None:
     q = torch.randn(1, 2, 256, 64, device="cuda", dtype=torch.bfloat16)
-    explanation = ls.explain(q, q, q, Thirds() | ls.Local(4))
+    explanation = ls.explain(q, q, q, EveryThird() | ls.Local(4))
     assert explanation.backend == "flex"
     assert "the user's own" in str(explanation)
     assert ls.explain(q, q, q, ls.Local(4)).backend != "flex"
     # More patterns than the compiler would recompile one function for.
     for shared in range(12):
-        found = ls.attention(q, q, q, Thirds(shared))
-        wanted = ls.attention(*(q.double() for _ in range(3)), Thirds(shared), backend="reference")
+        found = ls.attention(q, q, q, EveryThird(shared))
+        wanted = ls.attention(*(q.double() for _ in range(3)), EveryThird(shared), backend="reference")
         assert relative_error(found, wanted) < 1e-2
 
 
@@ -142,5 +142,5 @@ def test_a_long_mask_costs_its_blocks() -> None:
     """`create_block_mask` would take more than 4 GB for this one."""
     q = torch.randn(1, 1, 2**16, 64, device="cuda", dtype=torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
-    ls.attention(q, q, q, Thirds() & ls.Local(256), backend="flex")
+    ls.attention(q, q, q, EveryThird() & ls.Local(256), backend="flex")
     assert torch.cuda.max_memory_allocated() < 3 * 2**30

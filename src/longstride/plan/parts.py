@@ -170,6 +170,8 @@ def _disjoint(terms: tuple[Term, ...], q_len: int, kv_len: int) -> tuple[Part, .
 
 def _cheapest_kind(term: Term, q_len: int, kv_len: int) -> str:
     """The kind whose defining region leaves the fewest keys a query; further regions are looked up inside its tiles."""
+    if term.find(BlockTable):  # laid last, so that no other part has to leave out what it lists
+        return "Table"
     costs: dict[str, float] = {}
     for region in term.regions:
         match region:
@@ -183,8 +185,6 @@ def _cheapest_kind(term: Term, q_len: int, kv_len: int) -> str:
                 costs["Offsets"] = 2 * len(region.distances(kv_len))
             case SameBlock(block):
                 costs["Chunk"] = min(costs.get("Chunk", kv_len), block)
-            case BlockTable(_, block):
-                costs["Table"] = len(region.blocks(q_len, kv_len)) * block * block / q_len
             case _:
                 costs.setdefault("Table", kv_len)
     band = term.band

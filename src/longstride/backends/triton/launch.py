@@ -41,8 +41,8 @@ class Job:
     options: dict[str, Any]
     compiled: dict[tuple, tuple[Any, tuple]] = field(default_factory=dict)
 
-    def run(self, batch: int, key: tuple, arguments: tuple, flags: dict[str, Any]) -> None:
-        """Launch on tensors and numbers in the kernel's order.
+    def run(self, batch: int, key: tuple, arguments: tuple, flags: Callable[[], dict[str, Any]]) -> None:
+        """Launch on tensors and numbers in the kernel's order; `flags`, which `key` determines, are the last constants.
 
         Triton looks at every argument of every call to find what to launch, which takes several times as long as the
         launch; here `key` finds it. It holds what the compiler specialises on: strides, alignment, flags.
@@ -53,9 +53,9 @@ class Job:
             kernel, constants = found
             kernel[grid](*arguments, *constants)
             return
-        kernel = self.kernel[grid](*arguments, **flags, **self.settings, **self.options)
+        known = flags() | self.settings
+        kernel = self.kernel[grid](*arguments, **known, **self.options)
         if kernel is not None:  # the interpreter compiles nothing
-            known = flags | self.settings
             self.compiled[key] = (kernel, tuple(known[name] for name in self.kernel.arg_names[len(arguments) :]))
 
 
@@ -333,9 +333,9 @@ def _scales(scale: float) -> tuple[float, float, int]:
     return abs(scale) * LOG2_E, abs(scale), 1 if scale > 0 else -1
 
 
-def _wide(*tensors: torch.Tensor) -> bool:
-    """True when offsets within a head need 64 bits."""
-    return any(x.stride(2) * x.shape[2] + x.stride(3) * x.shape[3] >= 2**31 for x in tensors)
+def _wide(length: int, *tensors: torch.Tensor) -> bool:
+    """True when offsets within a head, of up to `length` rows, need 64 bits."""
+    return any(x.stride(2) * length + x.stride(3) * x.shape[3] >= 2**31 for x in tensors)
 
 
 def _aligned(*tensors: torch.Tensor) -> int:
@@ -374,11 +374,13 @@ def run_forward(
         return
     base2, _, sign = _scales(scale)
     share = q.shape[1] // k.shape[1]
-    wide = _wide(q, k, v, out)
     strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride())
     starts = made.lists if starts is None else starts
-    key = (strides, _aligned(q, k, v, out, lse, starts), starts.dtype, sign, wide)
-    flags = {"SIGN": sign, "WIDE": wide}
+    key = (strides, _aligned(q, k, v, out, lse, starts), starts.dtype, sign)
+
+    def flags() -> dict[str, Any]:
+        return {"SIGN": sign, "WIDE": _wide(kv_len, q, k, v, out)}
+
     if made.filled:
         out.zero_()
         lse.fill_(float("-inf"))
@@ -422,7 +424,6 @@ def run_backward(
     base2, absolute, sign = _scales(scale)
     share = q.shape[1] // k.shape[1]
     grad_q, grad_k, grad_v = grads
-    wide = _wide(q, k, v, out, grad_out, *grads)
     starts = made.lists if starts is None else starts
     delta = torch.empty_strided(lse.shape, lse.stride(), dtype=torch.float32, device=lse.device)
     has_grad_lse = grad_lse is not None
@@ -432,7 +433,8 @@ def run_backward(
         kernel: Any = make_delta
         kernel[(-(-lse.shape[2] // 64), lse.shape[1], lse.shape[0])](
             out, grad_out, grad_lse, delta, *out.stride(), *grad_out.stride(), *grad_lse.stride(), *lse.stride(),
-            lse.shape[2], HAS_GRAD_LSE=has_grad_lse, WIDE=wide, BLOCK=64, V_DIM=v_dim, V_DIM_PAD=_padded(v_dim),
+            lse.shape[2], HAS_GRAD_LSE=has_grad_lse, WIDE=_wide(lse.shape[2], out, grad_out), BLOCK=64, V_DIM=v_dim,
+            V_DIM_PAD=_padded(v_dim),
         )  # fmt: skip
     if made.grads_filled[0]:
         grad_q.zero_()
@@ -449,7 +451,10 @@ def run_backward(
         *grad_lse.stride(),
     )
     bits = _aligned(q, k, v, out, lse, grad_out, grad_lse, delta, *grads, starts)
-    flags = {"HAS_GRAD_LSE": has_grad_lse, "SIGN": sign, "WIDE": wide}
+
+    def flags() -> dict[str, Any]:
+        return {"HAS_GRAD_LSE": has_grad_lse, "SIGN": sign, "WIDE": _wide(kv_len, q, k, v, out, grad_out, *grads)}
+
     into = {"q": (grad_q,), "kv": (grad_k, grad_v), "cell": grads}
     for kind, job in made.backward:
         if job.tiles:
@@ -460,4 +465,4 @@ def run_backward(
                 q, k, v, out, lse, grad_out, grad_lse, delta, *written, made.lists, starts, job.spots, *strides,
                 low, kv_len, base2, absolute, job.head, share, *readers,
             )  # fmt: skip
-            job.run(batch, (strides, bits, starts.dtype, has_grad_lse, sign, wide), arguments, flags)
+            job.run(batch, (strides, bits, starts.dtype, has_grad_lse, sign), arguments, flags)

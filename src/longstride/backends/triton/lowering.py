@@ -27,7 +27,7 @@ Lists of all kinds lie in one int32 tensor; a `place` is an index into it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -181,11 +181,6 @@ def _subtracts(before: Term, part: Part) -> bool:
     return rest.contains(part.term)
 
 
-def _by_table(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Parts that read a block table go by it, also where the plan found another way cheaper."""
-    return tuple(replace(part, kind="Table") if part.term.find(BlockTable) else part for part in parts)
-
-
 def lower(plan: Plan, kv_heads: int) -> Lowered:
     """The launches that compute `plan` (without obstacles), for kv_heads heads of keys."""
     heads = sum(len(members) for members, _ in plan.groups)
@@ -215,7 +210,7 @@ def _runs(plan: Plan, share: int) -> list[tuple[int, int, list[tuple[Part, ...]]
 
     A run either holds whole groups of heads that share keys (`share` heads each) or lies within one.
     """
-    of_head = {head: _by_table(parts) for members, parts in plan.groups for head in members}
+    of_head = {head: parts for members, parts in plan.groups for head in members}
     runs: list[tuple[int, int, list[tuple[Part, ...]]]] = []
     for head in sorted(of_head):
         parts = of_head[head]
