@@ -356,6 +356,12 @@ def write(result: dict, output: Path, *, draw: bool) -> None:
     write_whole(output.with_suffix(".md"), render(result, picture.name if drawn else ""))
 
 
+def _command(arguments: list[str]) -> str:
+    """The command of this run, less where it wrote: that is the machine's own."""
+    place = arguments.index("--output") if "--output" in arguments else len(arguments)
+    return " ".join(["python3 benchmarks/attention_gpu.py", *arguments[:place], *arguments[place + 2 :]])
+
+
 def run(options: argparse.Namespace, names: tuple[str, ...], device: str = "cuda") -> int:
     """Measure the cases, write after each, print the summary; 1 where one of ours was wrong or failed."""
     start = time.monotonic()
@@ -368,7 +374,7 @@ def run(options: argparse.Namespace, names: tuple[str, ...], device: str = "cuda
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": options.commit or commit(),
-        "command": f"python3 benchmarks/attention_gpu.py {' '.join(sys.argv[1:])}".strip(),
+        "command": _command(sys.argv[1:]),
         "rounds": options.rounds,
         "copy_gbps": bench.gbps,
         "hidden_ms": bench.clock.hidden_ms,
