@@ -351,8 +351,9 @@ def test_shapes_alone_give_shapes():
 def test_the_sparse_backend_is_chosen(monkeypatch):
     q, k, v = make_inputs(1, 2, 2, 12, 12)
     monkeypatch.setattr("longstride.backends.reference.forward", lambda *_: pytest.fail("the reference was chosen"))
-    ls.attention(q, k, v, MERGED)
-    ls.attention(q, k, v, Thirds())
+    for pattern in (MERGED, Thirds()):
+        assert ls.attention(q, k, v, pattern).shape == q.shape
+        assert ls.explain(q, k, v, pattern).backend == "torch"
 
 
 @pytest.fixture

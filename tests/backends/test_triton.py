@@ -206,6 +206,22 @@ def test_any_head_dim(dims):
         assert_triton_is_reference(pattern, 17, 17, dim=dims[0], v_dim=dims[1])
 
 
+def test_only_what_no_launch_stores_is_filled(launch):
+    def prepared(pattern, heads=2, kv_heads=2, length=60):
+        shape, keys = torch.Size((1, heads, length, 16)), torch.Size((1, kv_heads, length, 16))
+        return launch.prepare(pattern, launch.shapes_of(shape, keys, 16, torch.float32, torch.device("cpu"), False))
+
+    union = prepared(ls.Local(10) | ls.Strided(10))
+    assert not union.filled
+    assert union.grads_filled == (False, False)
+    stores = [not job.settings.get("ADD", job.settings.get("ADD_KV")) for _, job in union.backward]
+    assert stores == sorted(stores, reverse=True), "a launch adds before the one that stores"
+    assert prepared(ls.Summary(12, 3)).grads_filled == (False, True)  # keys outside of every group have no launch
+    assert prepared(ls.per_head(ls.Local(3), ls.Local(3) & ls.Global((90,)))).filled  # a head without a pair
+    # A cell that stores grad_q runs first, and adds to grad_k and grad_v of a key head that others write too.
+    assert prepared(ls.per_head(ls.RandomBlocks(4, 1), ls.Full()), kv_heads=1, length=20).grads_filled == (False, True)
+
+
 @pytest.mark.parametrize(
     "second", [ls.RandomBlocks(4, 1), ls.Summary(6, 2), ls.Local(3) | ls.Strided(3), ls.LogSparse()], ids=str
 )

@@ -1,8 +1,7 @@
 """The `triton` backend: kernels at the memory floor, for CUDA devices (and, to be checked, Triton's interpreter).
 
 A pattern's plan is lowered to a few launches (`lowering`), whose kernels (`forward_kernel`, `backward_kernels`,
-`cell_kernel`) take every
-pattern as numbers; nothing of size q_len x kv_len is ever there.
+`cell_kernel`) take every pattern as numbers; nothing of size q_len x kv_len is ever there.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ differentiable = False
 takes_lse_gradient = True
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = (1, 256)
+MOST_HEAD_DIM = 256
 
 
 def interpreted() -> bool:
@@ -52,8 +51,8 @@ def refusals(request: Request) -> list[str]:
     if request.dtype not in DTYPES:
         found.append(f"dtype {request.dtype} is none of float16, bfloat16, float32")
     widest = max(request.head_dim, request.v_head_dim)
-    if widest > HEAD_DIMS[1]:
-        found.append(f"head_dim {request.head_dim} or v_head_dim {request.v_head_dim} exceeds {HEAD_DIMS[1]}")
+    if widest > MOST_HEAD_DIM:
+        found.append(f"head_dim {request.head_dim} or v_head_dim {request.v_head_dim} exceeds {MOST_HEAD_DIM}")
     found += _obstacles(plan(request.pattern, request.q_len, request.kv_len, request.num_heads))
     return found
 

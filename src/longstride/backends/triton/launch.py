@@ -110,7 +110,7 @@ def prepare(pattern: Pattern, shapes: Shapes) -> Prepared:
     width = max(_padded(shapes.dim), _padded(shapes.v_dim))
     share = shapes.heads // shapes.kv_heads
 
-    ahead, filled = [], False
+    ahead = []
     adds, filled = _order(low.queries, _q_heads, shapes.heads)
     for launch, add in zip(low.queries, adds, strict=True):
         fits = tuning.cell_shape("forward_cell", family, shapes.dtype, width, launch.cell)
@@ -138,8 +138,8 @@ def prepare(pattern: Pattern, shapes: Shapes) -> Prepared:
     q_adds, q_filled = _order(q_side, _q_heads, shapes.heads)
     q_add = {id(launch): add for launch, add in zip(q_side, q_adds, strict=True)}
     kv_adds, kv_filled = _order(low.keys, lambda launch: _kv_heads(launch, share), shapes.kv_heads)
-    # A launch of all three gradients may come early, for its delta, and must then find something to add to.
-    if any(kv_adds[index] for index in cells):
+    # One that stores grad_q comes before those that add to it, and must then find something to add its other two to.
+    if any(kv_adds[index] and not q_add[id(twin)] for index, (twin, _) in cells.items()):
         kv_adds, kv_filled = [True] * len(low.keys), True
     needs_later: list[tuple[str, Job]] = []
     # delta is made by the first job that goes over the queries of a head, and read by the later ones.
