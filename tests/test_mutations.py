@@ -459,7 +459,7 @@ def in_triton(patch: pytest.MonkeyPatch, name: str, broken: object) -> None:
 def forget_launches():
     lowering.lowered.cache_clear()
     if not WHY_NOT:
-        triton_module("launch").prepare.cache_clear()
+        triton_module("launch").forget()
 
 
 def triton_numbers(pattern, q_len=40, kv_len=40, heads=1, kv_heads=1, scale=None):

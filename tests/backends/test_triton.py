@@ -53,9 +53,9 @@ def in_the_interpreter():
 def launch():
     """The module that launches; what it remembers is forgotten before and after, so that it can be changed."""
     module = importlib.import_module("longstride.backends.triton.launch")
-    module.prepare.cache_clear()
+    module.forget()
     yield module
-    module.prepare.cache_clear()
+    module.forget()
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_cells_in_one_kernel_and_in_the_general_ones(pattern, length, kv_heads, 
         assert_triton_is_reference(pattern, q_len, length, kv_heads=kv_heads)
     monkeypatch.setattr(tuning, "cell_shape", lambda *_: None)
     monkeypatch.setattr(tuning, "LONG", 0)
-    launch.prepare.cache_clear()
+    launch.forget()
     assert_triton_is_reference(pattern, length, length, kv_heads=kv_heads)
 
 
@@ -206,10 +206,47 @@ def test_any_head_dim(dims):
         assert_triton_is_reference(pattern, 17, 17, dim=dims[0], v_dim=dims[1])
 
 
+@pytest.mark.parametrize("pattern", [ls.Full(), ls.Local(5, lookahead=4), ls.Strided(2, causal=False)], ids=str)
+def test_keys_past_the_end_are_not_there_however_low_the_scores(pattern):
+    """With a log-sum-exp of -300, the weight of a key that is nothing but zeros would be infinite."""
+    ones = torch.ones(1, 1, 35, 8)
+    exact = [x.double().requires_grad_() for x in (10 * ones, torch.randn_like(ones) - 10, torch.randn_like(ones))]
+    inputs = [x.detach().float().requires_grad_() for x in exact]
+    got, wanted = results(attend(pattern, "triton"), inputs), results(attend(pattern, "reference"), exact)
+    assert (wanted["lse"] < -200).all()
+    for name, truth in wanted.items():
+        torch.testing.assert_close(got[name].double(), truth, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.usefixtures("general")
+@pytest.mark.parametrize("pattern", [ls.Full(), ls.Local(25, lookahead=24)], ids=str)
+def test_keys_past_the_end_are_not_there_in_long_sequences_either(pattern):
+    test_keys_past_the_end_are_not_there_however_low_the_scores(pattern)
+
+
+def test_patterns_that_depend_on_the_length_take_no_packed_documents():
+    shapes = ((1, 2, 64, 8),) * 3
+    asked = Request(ls.RandomBlocks(16, 2, causal=False), *shapes, torch.float32, "cpu", varlen=True)
+    assert any("depends on the length" in reason for reason in triton_backend.refusals(asked))
+    asked = Request(ls.RandomBlocks(16, 2), *shapes, torch.float32, "cpu", varlen=True)
+    assert triton_backend.refusals(asked) == []
+
+
+def test_tiles_of_one_kind_of_product():
+    """Fewer than 64 rows take other units than 64: in one loop they must not meet."""
+    for own in (16, 32, 64, 128):
+        other = tuning.beside("backward_kv", "hopper", own, 64)
+        assert (own < 64) == (other < 64)
+    for dim in (16, 64, 128, 256):
+        for span in (1, 20, 100, 300, 5000):
+            shape = tuning.shape("backward_kv", "hopper", torch.bfloat16, dim, span)
+            assert (shape.own < 64) == (shape.other < 64)
+
+
 def test_only_what_no_launch_stores_is_filled(launch):
     def prepared(pattern, heads=2, kv_heads=2, length=60):
         shape, keys = torch.Size((1, heads, length, 16)), torch.Size((1, kv_heads, length, 16))
-        return launch.prepare(pattern, launch.shapes_of(shape, keys, 16, torch.float32, torch.device("cpu"), False))
+        return launch.prepare_batched(pattern, shape, keys, 16, torch.float32, torch.device("cpu"), False)
 
     union = prepared(ls.Local(10) | ls.Strided(10))
     assert not union.filled

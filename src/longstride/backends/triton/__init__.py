@@ -54,8 +54,6 @@ def refusals(request: Request) -> list[str]:
     if widest > MOST_HEAD_DIM:
         found.append(f"head_dim {request.head_dim} or v_head_dim {request.v_head_dim} exceeds {MOST_HEAD_DIM}")
     found += _obstacles(plan(request.pattern, request.q_len, request.kv_len, request.num_heads))
-    return found
-
     if request.varlen and _by_length(request.pattern, request.num_heads, request.kv_len):
         found.append(f"{request.pattern} depends on the length, which differs from document to document")
     return found
@@ -81,7 +79,7 @@ def _tf32(dtype: torch.dtype) -> bool:
 def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Any:
     from longstride.backends.triton import launch
 
-    return launch.prepare(pattern, launch.shapes_of(q.shape, k.shape, v.shape[3], q.dtype, q.device, _tf32(q.dtype)))
+    return launch.prepare_batched(pattern, q.shape, k.shape, v.shape[3], q.dtype, q.device, _tf32(q.dtype))
 
 
 def forward(
@@ -181,6 +179,14 @@ def _batched(*packed: torch.Tensor | None) -> list[Any]:
 
 def _on(q: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make it the tensors'."""
-    if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():
-        return nullcontext()
+    if q.device.type != "cuda" or _devices() == 1 or q.device.index == torch.cuda.current_device():
+        return _AS_IT_IS
     return torch.cuda.device(q.device)
+
+
+_AS_IT_IS = nullcontext()
+
+
+@cache
+def _devices() -> int:
+    return torch.cuda.device_count()

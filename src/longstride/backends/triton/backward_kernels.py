@@ -20,6 +20,7 @@ from longstride.backends.triton.geometry import (
     asks,
     count_of,
     edge,
+    guarded,
     index_of,
     kind_of,
     met,
@@ -51,20 +52,24 @@ def delta_of(grad_out, Out, GradLse, position, there, o_t, o_d, g_t, dv,
 
 @triton.jit
 def scores(
-    q, do, lse, delta, i, k, v, j, scale, numbers: tl.constexpr, spots, lists, SOURCE: tl.constexpr, PACK: tl.constexpr,
-    SIDE: tl.constexpr, PRECISION: tl.constexpr,
+    q, do, lse, delta, i, k, v, j, j_there, scale, numbers: tl.constexpr, spots, lists, SOURCE: tl.constexpr,
+    PACK: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p and grad_score [queries, keys] of a pair of tiles.
 
-    Queries and keys that are not there are zeros, with an lse of +inf and a delta of 0: they add nothing to what is
-    kept, so that only the pattern's own conditions are looked up.
+    Queries that are not there are zeros, with an lse of +inf and a delta of 0: they add nothing to what is kept. Keys
+    that are not there are looked at where no condition keeps them out: a very low lse would make them infinite.
     """
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # on its way while the weights are computed
     if asks(SOURCE, PACK, SIDE):
         ok = allowed(i[:, None], j[None, :], SOURCE, numbers, spots, lists, PACK, SIDE)
+        if not guarded(SOURCE, numbers, PACK):
+            ok = ok & j_there[None, :]
         x = tl.where(ok, x, float("-inf"))
+    elif SIDE != CLEAR:
+        x = tl.where(j_there[None, :], x, float("-inf"))
     p = tl.exp2(x * scale - lse[:, None])
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
     if asks(SOURCE, PACK, SIDE):
         # A key that may not be seen can hold anything, and 0 * inf is no number.
@@ -89,7 +94,9 @@ def _sweep_q(
         else:  # keys that are not there are zeros: they add nothing
             k = rows_of(K, j, there, k_t, k_d, d, DIM, DIM_PAD, WIDE)
             v = rows_of(V, j, there, v_t, v_d, dv, V_DIM, V_DIM_PAD, WIDE)
-        _, ds = scores(q, do, lse, delta, i, k, v, j, scale, numbers, spots, lists, SOURCE, PACK, SIDE, PRECISION)
+        _, ds = scores(
+            q, do, lse, delta, i, k, v, j, there, scale, numbers, spots, lists, SOURCE, PACK, SIDE, PRECISION
+        )
         acc = tl.dot(ds, k, acc, input_precision=PRECISION)
     return acc
 
@@ -222,8 +229,11 @@ def _sweep_kv(
             delta = delta_of(do, Out, GradLse, i, there, o_t, o_d, gl_t, dv, V_DIM, V_DIM_PAD, WIDE, HAS_GRAD_LSE)
         else:
             delta = tl.load(Delta + i.to(tl.int64) * l_t, mask=there, other=0.0)
-        # Queries along rows, so that a thread needs lse and delta of two rows, not of sixteen columns.
-        p, ds = scores(q, do, lse, delta, i, k, v, j, scale, numbers, spots, lists, SOURCE, PACK, SIDE, PRECISION)
+        # Queries along rows, so that a thread needs lse and delta of two rows, not of sixteen columns. What comes out
+        # for keys that are not there is never kept.
+        p, ds = scores(
+            q, do, lse, delta, i, k, v, j, j >= 0, scale, numbers, spots, lists, SOURCE, PACK, SIDE, PRECISION
+        )
         dv_ = tl.dot(tl.trans(p), do, dv_, input_precision=PRECISION)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
     return dk, dv_

@@ -128,7 +128,9 @@ def backward_cell(
                 Q, Out, Lse, GradOut, GradLse, Delta, j, i_there, q_t, q_d, o_t, o_d, l_t, go_t, go_d, gl_t, d, dv,
                 MAKE_DELTA, KEEP_DELTA, HAS_GRAD_LSE, SIGN, DIM, V_DIM, DIM_PAD, V_DIM_PAD, WIDE,
             )  # fmt: skip
-            p, ds = scores(q, do, lse, delta, j, k, v, j, scale, numbers, spots, lists, SOURCE, PACK, BOTH, PRECISION)
+            p, ds = scores(
+                q, do, lse, delta, j, k, v, j, j_there, scale, numbers, spots, lists, SOURCE, PACK, BOTH, PRECISION
+            )
             grad_v = tl.dot(tl.trans(p), do, grad_v, input_precision=PRECISION)
             grad_k = tl.dot(tl.trans(ds), q, grad_k, input_precision=PRECISION)
             grad_q = tl.dot(ds, k, input_precision=PRECISION)
@@ -159,13 +161,15 @@ def backward_cell(
         k2 = rows_of(K, j2, j2_there, k_t, k_d, d, DIM, DIM_PAD, WIDE)
         v2 = rows_of(V, j2, j2_there, v_t, v_d, dv, V_DIM, V_DIM_PAD, WIDE)
 
-        p, ds = scores(q, do, lse, delta, j, k, v, j, scale, numbers, spots, lists, SOURCE, PACK, BOTH, PRECISION)
+        p, ds = scores(
+            q, do, lse, delta, j, k, v, j, j_there, scale, numbers, spots, lists, SOURCE, PACK, BOTH, PRECISION
+        )
         grad_v = tl.dot(tl.trans(p), do, input_precision=PRECISION)
         grad_k = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
         grad_q = tl.dot(ds, k, input_precision=PRECISION)
         if not CAUSAL:
             p, ds = scores(
-                q, do, lse, delta, j, k2, v2, j2, scale, numbers, spots, lists, SOURCE, PACK, BOTH, PRECISION
+                q, do, lse, delta, j, k2, v2, j2, j2_there, scale, numbers, spots, lists, SOURCE, PACK, BOTH, PRECISION
             )
             grad_v2 = tl.dot(tl.trans(p), do, input_precision=PRECISION)
             grad_k2 = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
@@ -175,7 +179,9 @@ def backward_cell(
             grad_k2 = tl.zeros([BLOCK_B, DIM_PAD], tl.float32)
         _put(GradQ, grad_q * (grad_scale * SIGN), j, i_there, gq_t, gq_d, d, ADD_Q, DIM, DIM_PAD, WIDE)
 
-        p, ds = scores(q2, do2, lse2, delta2, j2, k, v, j, scale, numbers, spots, lists, SOURCE, PACK, BOTH, PRECISION)
+        p, ds = scores(
+            q2, do2, lse2, delta2, j2, k, v, j, j_there, scale, numbers, spots, lists, SOURCE, PACK, BOTH, PRECISION
+        )
         grad_v = tl.dot(tl.trans(p), do2, grad_v, input_precision=PRECISION)
         grad_k = tl.dot(tl.trans(ds), q2, grad_k, input_precision=PRECISION)
         grad_q2 = tl.dot(ds, k, input_precision=PRECISION)
@@ -183,7 +189,7 @@ def backward_cell(
         _put(GradV, grad_v, j, j_there, gv_t, gv_d, dv, ADD_KV, V_DIM, V_DIM_PAD, WIDE)
 
         p, ds = scores(
-            q2, do2, lse2, delta2, j2, k2, v2, j2, scale, numbers, spots, lists, SOURCE, PACK, BOTH, PRECISION
+            q2, do2, lse2, delta2, j2, k2, v2, j2, j2_there, scale, numbers, spots, lists, SOURCE, PACK, BOTH, PRECISION
         )
         grad_v2 = tl.dot(tl.trans(p), do2, grad_v2, input_precision=PRECISION)
         grad_k2 = tl.dot(tl.trans(ds), q2, grad_k2, input_precision=PRECISION)

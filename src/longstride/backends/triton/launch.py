@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 
 from longstride.backends.triton import lowering, tuning
 from longstride.backends.triton.backward_kernels import backward_both, backward_kv, backward_q, make_delta
@@ -40,6 +42,11 @@ class Job:
     settings: dict[str, Any]
     options: dict[str, Any]
     compiled: dict[tuple, tuple[Any, tuple]] = field(default_factory=dict)
+
+    def compile(self, batch: int, arguments: tuple, flags: Callable[[], dict[str, Any]]) -> None:
+        """Compile for these arguments, and do not launch."""
+        grid = (self.tiles, self.heads, batch)
+        self.kernel.warmup(*arguments, grid=grid, **(flags() | self.settings), **self.options)
 
     def run(self, batch: int, key: tuple, arguments: tuple, flags: Callable[[], dict[str, Any]]) -> None:
         """Launch on tensors and numbers in the kernel's order; `flags`, which `key` determines, are the last constants.
@@ -94,11 +101,18 @@ class Shapes:
 
 
 @lru_cache(maxsize=512)
-def shapes_of(
-    q_shape: torch.Size, k_shape: torch.Size, v_dim: int, dtype: torch.dtype, device: torch.device, tf32: bool
-) -> Shapes:
-    """The `Shapes` of a call on [batch, heads, length, dim]."""
-    return Shapes(q_shape[2], k_shape[2], q_shape[1], k_shape[1], q_shape[3], v_dim, dtype, device, tf32)
+def prepare_batched(
+    pattern: Pattern,
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    v_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tf32: bool,
+) -> Prepared:
+    """`prepare` for a call on [batch, heads, length, dim]; one look-up, for what it is called with as it is."""
+    shapes = Shapes(q_shape[2], k_shape[2], q_shape[1], k_shape[1], q_shape[3], v_dim, dtype, device, tf32)
+    return prepare(pattern, shapes)
 
 
 @lru_cache(maxsize=512)
@@ -171,8 +185,16 @@ def prepare(pattern: Pattern, shapes: Shapes) -> Prepared:
             job = _job(backward_kv, launch, shapes, shape, False, ADD=add, MAKE_DELTA=False)
             kv_jobs.append(("kv", job))
     backward = _sorted_jobs(kv_filled, cell_jobs, needs_later, kv_jobs)
+    if len(backward) == 1 and "KEEP_DELTA" in backward[0][1].settings:
+        backward[0][1].settings["KEEP_DELTA"] = False  # nobody else reads it
     lists = low.lists.to(shapes.device)
     return Prepared(lists, tuple(ahead), filled, backward, (q_filled, kv_filled), delta)
+
+
+def forget() -> None:
+    """Prepare anew at the next call, as after a change of `tuning`."""
+    prepare.cache_clear()
+    prepare_batched.cache_clear()
 
 
 def _sorted_jobs(kv_filled: bool, *groups: list[tuple[str, Job]]) -> tuple[tuple[str, Job], ...]:
@@ -258,6 +280,8 @@ def _job(kernel: Any, launch: Launch, shapes: Shapes, shape: Shape, queries_own:
         tiles = -(-launch.columns // own)
     if launch.block:
         other = max(16, min(other, 1 << (launch.block - 1).bit_length()))
+    if not queries_own:
+        other = tuning.beside("backward_kv", tuning.family(shapes.device), own, other)
     share = shapes.heads // shapes.kv_heads
     heads = launch.heads if queries_own else len(_kv_heads(launch, share))
     blocks = {"BLOCK_Q": own, "BLOCK_KV": other} if queries_own else {"BLOCK_KV": own, "BLOCK_Q": other}
@@ -339,11 +363,26 @@ def _wide(length: int, *tensors: torch.Tensor) -> bool:
 
 
 def _aligned(*tensors: torch.Tensor) -> int:
-    """Which tensors start at a multiple of 16 bytes, as bits: the compiler uses wide loads for those."""
+    """Which tensors start at a multiple of 16 bytes, as bits: the compiler uses wide loads for those.
+
+    Only what callers give is asked; what is allocated here always does.
+    """
     bits = 0
     for x in tensors:
         bits = 2 * bits + (x.data_ptr() % 16 == 0)
     return bits
+
+
+def _run_all(batch: int, calls: list[tuple[Job, tuple, tuple]], flags: Callable[[], dict[str, Any]]) -> None:
+    """Launch one after another; kernels that are still to be compiled are compiled side by side, in threads, before."""
+    if len(calls) > 1:
+        missing = [(job, arguments) for job, key, arguments in calls if key not in job.compiled]
+        if len(missing) > 1 and calls[0][2][0].device.type == "cuda":
+            with ThreadPoolExecutor(len(missing)) as threads, triton.AsyncCompileMode(threads):
+                for job, arguments in missing:
+                    job.compile(batch, arguments, flags)
+    for job, key, arguments in calls:
+        job.run(batch, key, arguments, flags)
 
 
 #: The most batch rows of one launch: what a grid's third dimension takes.
@@ -376,7 +415,7 @@ def run_forward(
     share = q.shape[1] // k.shape[1]
     strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride())
     starts = made.lists if starts is None else starts
-    key = (strides, _aligned(q, k, v, out, lse, starts), starts.dtype, sign)
+    key = (strides, _aligned(q, k, v, starts), starts.dtype, sign)
 
     def flags() -> dict[str, Any]:
         return {"SIGN": sign, "WIDE": _wide(kv_len, q, k, v, out)}
@@ -384,12 +423,14 @@ def run_forward(
     if made.filled:
         out.zero_()
         lse.fill_(float("-inf"))
+    calls = []
     for job in made.forward:
         if job.tiles:
             arguments = (
                 q, k, v, out, lse, made.lists, starts, job.spots, *strides, low, kv_len, base2, job.head, share,
             )  # fmt: skip
-            job.run(batch, key, arguments, flags)
+            calls.append((job, key, arguments))
+    _run_all(batch, calls, flags)
 
 
 def run_backward(
@@ -450,12 +491,13 @@ def run_backward(
         *grad_out.stride(),
         *grad_lse.stride(),
     )
-    bits = _aligned(q, k, v, out, lse, grad_out, grad_lse, delta, *grads, starts)
+    bits = _aligned(q, k, v, out, lse, grad_out, grad_lse, starts)
 
     def flags() -> dict[str, Any]:
         return {"HAS_GRAD_LSE": has_grad_lse, "SIGN": sign, "WIDE": _wide(kv_len, q, k, v, out, grad_out, *grads)}
 
     into = {"q": (grad_q,), "kv": (grad_k, grad_v), "cell": grads}
+    calls = []
     for kind, job in made.backward:
         if job.tiles:
             written = into[kind]
@@ -465,4 +507,5 @@ def run_backward(
                 q, k, v, out, lse, grad_out, grad_lse, delta, *written, made.lists, starts, job.spots, *strides,
                 low, kv_len, base2, absolute, job.head, share, *readers,
             )  # fmt: skip
-            job.run(batch, (strides, bits, starts.dtype, has_grad_lse, sign), arguments, flags)
+            calls.append((job, (strides, bits, starts.dtype, has_grad_lse, sign), arguments))
+    _run_all(batch, calls, flags)

@@ -58,11 +58,29 @@ def shape(kernel: str, family: str, dtype: torch.dtype, dim: int, span: int) -> 
     return Shape(64, 32, 4, 2) if dim <= 128 else Shape(32, 32, 4, 1)
 
 
+#: Rows from which on products run on Hopper's asynchronous units. In a pipelined loop both kinds of products must not
+#: meet in one buffer: Triton (3.6, seen in the machine code) then leaves out the fence between the copy that fills it
+#: and the unit that reads it, and the results are wrong now and then.
+WIDE_ROWS = 64
+
+
+def beside(kernel: str, family: str, own: int, other: int) -> int:
+    """Rows of the source's tile beside `own` rows of the owner's, so that all products of a tile are of one kind.
+
+    In ``backward_kv`` queries lie along the rows of the scores, and keys along those of the gradients.
+    """
+    if kernel == "backward_kv" and family != "interpreter" and own < WIDE_ROWS:
+        return min(other, WIDE_ROWS // 2)
+    return other
+
+
 def _hopper(kernel: str, dim: int, span: int) -> Shape:
     """Measured on an H100 (benchmarks/results/attention_gpu.md holds what they reach)."""
     if span <= 32:  # narrow windows, and single diagonals, which have no matrix products
         return Shape(32, 32, 2 if kernel == "forward" else 4, 1)
     if dim > 128:
+        if kernel == "backward_kv":
+            return Shape(32, 32, 4, 1)
         return Shape(64, 32, 4, 2) if kernel == "forward" else Shape(64, 32, 8, 1)
     if kernel == "forward":
         if dim > 64:
@@ -105,8 +123,10 @@ def cell_shape(kernel: str, family: str, dtype: torch.dtype, dim: int, rows: int
     fit = max(16, 1 << (rows - 1).bit_length())
     if family == "interpreter":
         return CellShape(fit // 2, fit // 2, 4) if fit > 32 else CellShape(fit, 0, 4)
+    if fit == 128 and dim <= 64:
+        return CellShape(32, 64, 4, 168) if rows <= 96 and kernel == "backward_cell" else CellShape(64, 64, 4, 168)
     if fit == 128:
-        return CellShape(64, 64, 4, 168) if dim <= 64 else CellShape(128, 0, 8)
+        return CellShape(128, 0, 8)
     if kernel == "forward_cell" and dtype != torch.float32 and dim <= 128:
         return CellShape(64, 0, 4)
     fit = max(32, fit)
