@@ -18,7 +18,7 @@ from longstride.dispatch.checks import (
     refuse_tangents,
     wants_lse_gradient,
 )
-from longstride.dispatch.choice import BACKENDS, choose, differentiable, later
+from longstride.dispatch.choice import BACKENDS, both_halves, differentiable, later
 from longstride.dispatch.custom_ops import batched
 from longstride.dispatch.explanation import Explanation, describe, explain
 from longstride.patterns import Pattern
@@ -97,7 +97,8 @@ def attention(
         chosen = later(backend, through_lse)
     else:
         strides = (q.stride(), k.stride(), v.stride())
-        chosen = _settle(pattern, shapes, strides, dtypes, devices, backend, through_lse)
+        fixed = torch.are_deterministic_algorithms_enabled()
+        chosen = _settle(pattern, shapes, strides, dtypes, devices, backend, through_lse, fixed)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if chosen != "reference":
         refuse_tangents(chosen if chosen in BACKENDS else "chosen", q, k, v)
@@ -117,12 +118,14 @@ def _settle(
     devices: tuple[torch.device, ...],
     backend: str | None,
     through_lse: bool,
+    deterministic: bool,
 ) -> str:
-    """The backend: all is checked and chosen once for each kind of call."""
+    """The backends, as `both_halves` says them: all is checked and chosen once for each kind of call."""
     check_tensors(shapes, dtypes, devices)
     (q, k, v), (q_stride, k_stride, v_stride) = shapes, strides
-    request = Request(pattern, q, k, v, dtypes[0], devices[0].type, (q_stride, k_stride, v_stride), through_lse)
-    return choose(request, backend)[0]
+    strides = (q_stride, k_stride, v_stride)
+    request = Request(pattern, q, k, v, dtypes[0], devices[0].type, strides, through_lse, deterministic=deterministic)
+    return both_halves(request, backend)
 
 
 def forget() -> None:

@@ -1,5 +1,7 @@
 """Which requests the vendors' dense kernels take, and the views they are given; they run in tests/gpu."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.oracle import make_inputs, plain
@@ -7,9 +9,11 @@ from tests.strategies import Thirds
 
 import longstride as ls
 from longstride.attention import describe
+from longstride.backends import torch as torch_backend
 from longstride.backends import triton, vendor
 from longstride.backends.request import Request
-from longstride.dispatch.choice import choose
+from longstride.dispatch import custom_ops
+from longstride.dispatch.choice import both_halves, choose
 
 
 @pytest.fixture(autouse=True)
@@ -132,17 +136,70 @@ def test_dense_attention_on_the_view_is_strided_attention(stride, causal):
     assert torch.equal(vendor.whole(vendor.classed(inputs[0], stride), 2, stride), inputs[0])
 
 
-def test_it_runs_where_it_is_named_and_nowhere_else(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """As on a CUDA device, where Triton's kernels take everything."""
     monkeypatch.setattr(triton, "refusals", lambda _: [])
-    monkeypatch.setattr(triton, "describe", lambda _: "")
+    monkeypatch.setattr(triton, "describe", lambda _: "kernels of our own")
     monkeypatch.setattr(triton, "forward_varlen", None, raising=False)
-    assert choose(request(ls.Causal(), 256))[0] == "triton"
+
+
+CHOICES = [  # pattern, length, head_dim: what runs forward and backward
+    (ls.Strided(64), 4096, 64, "triton"),  # classes that its own kernels hold on chip
+    (ls.Strided(64), 4096, 128, "triton"),
+    (ls.Strided(128), 12288, 128, "vendor+triton"),
+    (ls.Strided(256), 65536, 64, "vendor+triton"),
+    (ls.Strided(1024), 1 << 20, 64, "vendor"),
+    (ls.Causal(), 4096, 64, "vendor"),
+    (ls.Causal(), 256, 64, "vendor+triton"),
+    (ls.Local(128), 4096, 64, "triton"),
+    (ls.Local(64) | ls.Strided(64), 4096, 64, "triton"),
+]
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("pattern", "length", "dim", "wanted"), CHOICES, ids=str)
+def test_each_half_runs_where_it_is_fastest(pattern, length, dim, wanted):
+    asked = request(pattern, length, dim=dim)
+    assert both_halves(asked) == wanted
+    assert both_halves(asked, "triton") == "triton"
+    explained = describe(asked)
+    assert (explained.backend, explained.backward) == (wanted.partition("+")[0], wanted.rpartition("+")[2])
+    if "+" in wanted:
+        assert "backend triton: chosen for the backward (the fastest that takes the request)" in str(explained)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_deterministic_algorithms_leave_the_backward_to_its_own_kernels():
+    asked = request(ls.Strided(1024), 1 << 20)
+    assert both_halves(replace(asked, deterministic=True)) == "vendor+triton"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_it_refuses_runs_elsewhere(monkeypatch):
     assert choose(request(ls.Causal(), 256), "vendor")[0] == "vendor"
     with pytest.raises(ls.UnsupportedError, match="packed documents"):
         choose(request(ls.Causal(), varlen=True), "vendor")
     with pytest.raises(ls.UnsupportedError, match="no gradient through the log-sum-exp"):
         choose(request(ls.Causal(), through_lse=True), "vendor")
+    assert both_halves(request(ls.Causal(), through_lse=True)) == "triton"
     text = str(describe(request(ls.Strided(8))))
-    assert "only used when named: dense causal attention of cudnn over 512 rows in each of 8 classes, a view" in text
+    assert "dense causal attention of cudnn over 512 rows in each of 8 classes, a view" in text
     monkeypatch.setattr(triton, "refusals", lambda _: ["not here"])
-    assert choose(request(ls.Strided(64)))[0] == "torch"
+    assert both_halves(request(ls.Local(64))) == "torch"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_call_takes_its_halves_from_two_backends(monkeypatch):
+    """The forward's out and log-sum-exp are all that the backward of the other one gets."""
+    ran = []
+    monkeypatch.setattr(custom_ops, "BACKENDS", {"vendor": vendor, "triton": triton, "torch": torch_backend})
+    monkeypatch.setattr(vendor, "forward", lambda *a: (ran.append("vendor"), torch_backend.forward(*a))[1])
+    monkeypatch.setattr(triton, "backward", lambda *a: (ran.append("triton"), torch_backend.backward(*a))[1])
+    inputs = make_inputs(1, 2, 2, 64, 64, 8, dtype=torch.float64)
+    out, _ = custom_ops.batched(*inputs, ls.Strided(8), 0.3, "vendor+triton")
+    grads = torch.autograd.grad(out.sum(), inputs)
+    wanted = torch.autograd.grad(ls.attention(*inputs, ls.Strided(8), scale=0.3, backend="torch").sum(), inputs)
+    assert ran == ["vendor", "triton"]
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b)

@@ -96,16 +96,27 @@ def forward(
 def _compiled(
     pattern: Pattern,  # noqa: ARG001 - a function of its own for every kind of call
     shapes: tuple[tuple[int, ...], ...],
-    dtype: torch.dtype,  # noqa: ARG001
+    dtype: torch.dtype,
     device: torch.device,  # noqa: ARG001
     scale: float,
 ) -> Callable:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     shared = shapes[0][1] != shapes[1][1]
+    # For few queries PyTorch takes another kernel, which has no tiles that fit float32 with shared keys.
+    options: Any = {"FORCE_USE_FLEX_ATTENTION": True} if dtype == torch.float32 else None
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> Any:
-        return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=shared, return_aux=AuxRequest(lse=True))
+        return flex_attention(
+            q,
+            k,
+            v,
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=shared,
+            kernel_options=options,
+            return_aux=AuxRequest(lse=True),
+        )
 
     # PyTorch counts recompilations by code object, and gives up after eight: with code of its own, no kind of call
     # uses up the count of another.

@@ -21,6 +21,7 @@ class Request:
         strides: of q, k and v, in elements; None where all three are contiguous.
         through_lse: gradients may come through the log-sum-exp.
         varlen: packed documents.
+        deterministic: PyTorch is told to use deterministic algorithms alone.
     """
 
     pattern: Pattern
@@ -32,6 +33,7 @@ class Request:
     strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
     through_lse: bool = False
     varlen: bool = False
+    deterministic: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -86,6 +88,10 @@ class Backend(Protocol):
 
         Optional: a backend without it follows the usual order always.
         """
+        ...
+
+    def prefers_backward(self, request: Request) -> str | None:
+        """As `prefers`, for the backward half of a call alone. Optional."""
         ...
 
     def describe(self, request: Request) -> str:

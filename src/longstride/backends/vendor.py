@@ -23,6 +23,7 @@ differentiable = False
 takes_lse_gradient = False  # the kernels compute delta = sum(out * grad_out) themselves, with no place for the lse's
 
 DTYPES = (torch.float16, torch.bfloat16)
+FLASH_ATTENTION_4 = "flash-attn-4"
 
 
 class Classes(NamedTuple):
@@ -67,12 +68,41 @@ def refusals(request: Request) -> list[str]:
     return found
 
 
+#: Rows of a class from which on these kernels are faster than ours, forward for head_dims up to 64 and 128, and
+#: backward: measured on an H100 (benchmarks/results/attention_gpu.md). Ours hold shorter classes on chip as a whole.
+FROM_ROWS = {64: 129, 128: 65}
+FROM_ROWS_BACKWARD = 512
+
+
+def prefers(request: Request) -> str | None:
+    rows, least = _rows(request), FROM_ROWS[64 if request.head_dim <= 64 else 128]
+    if rows < least:
+        return None
+    return f"classes of {rows:,} rows are dense attention, its own trade from {least} rows on"
+
+
+def prefers_backward(request: Request) -> str | None:
+    rows = _rows(request)
+    if rows < FROM_ROWS_BACKWARD or request.deterministic:  # they add up grad_q in whatever order programs finish
+        return None
+    return f"classes of {rows:,} rows are dense attention, its own trade from {FROM_ROWS_BACKWARD} rows on"
+
+
+def _rows(request: Request) -> int:
+    """Rows of a class, of a request that is not refused."""
+    classes = classes_of(request.pattern, request.q_len, request.num_heads)
+    assert classes is not None, "asked of requests that are not refused"
+    return request.q_len // classes.dilation
+
+
 def describe(request: Request) -> str:
     classes = classes_of(request.pattern, request.q_len, request.num_heads)
     assert classes is not None, "describe is asked of requests that are not refused"
-    rows = request.q_len // classes.dilation
     what = "causal" if classes.causal else "full"
-    runs = "flash-attn-4" if _newest(classes.dilation, request.head_dim) else kernel()
+    forward = FLASH_ATTENTION_4 if _newest(classes.dilation, request.head_dim) else kernel()
+    backward = FLASH_ATTENTION_4 if _newest(1, request.head_dim) else kernel()
+    runs = forward if forward == backward else f"{forward} (backward: {backward})"
+    rows = _rows(request)
     return f"dense {what} attention of {runs} over {rows:,} rows in each of {classes.dilation:,} classes, a view"
 
 
@@ -129,7 +159,11 @@ def _has(operator: str, argument: str) -> bool:
 
 
 def _newest(dilation: int, head_dim: int) -> Any:
-    """flash-attn-4 where it is installed and is the fastest of all: dense patterns, the head_dims it is tuned for."""
+    """flash-attn-4 where it is installed and is the fastest of all, in the head_dims it is tuned for.
+
+    In forward that is for dense patterns (dilation 1): in the classes of a stride cuDNN was faster, from 96 rows to
+    1,024. In backward it was the fastest in both.
+    """
     return _flash_attn_4() if dilation == 1 and head_dim in (64, 96, 128) else None
 
 
@@ -140,7 +174,7 @@ def _flash_attn_4() -> Any:
         return None
     try:
         module = import_module("flash_attn.cute.interface")
-    except ImportError:
+    except Exception:  # its own imports fail in many ways
         return None
     return module if hasattr(module, "_flash_attn_fwd") and hasattr(module, "_flash_attn_bwd") else None
 
@@ -153,6 +187,11 @@ def classed(x: torch.Tensor, dilation: int) -> torch.Tensor:
     if dilation == 1:
         return x
     return x.flatten(0, 1).unflatten(1, (-1, dilation)).transpose(1, 2)
+
+
+def _by_token(x: torch.Tensor, dilation: int) -> torch.Tensor:
+    """As flash-attn-4 wants it: [batch, length, heads, dim], or of classes [batch * heads, rows, dilation, dim]."""
+    return classed(x, dilation).transpose(1, 2)
 
 
 def whole(x: torch.Tensor, batch: int, dilation: int) -> torch.Tensor:
@@ -173,8 +212,8 @@ def forward(
     q, k, v = (_aligned(x) for x in (q, k, v))
     newest = _newest(dilation, q.shape[3])
     if newest is not None:
-        by_token = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = newest._flash_attn_fwd(*by_token, softmax_scale=scale, causal=causal, return_lse=True)
+        by_token = (_by_token(x, 1) for x in (q, k, v))
+        out, lse = newest._flash_attn_fwd(*by_token, softmax_scale=scale, causal=causal, return_lse=True)[:2]
         return out.transpose(1, 2).contiguous(), lse.contiguous()
     views = (classed(x, dilation) for x in (q, k, v))
     if kernel() == "cudnn":
@@ -209,11 +248,12 @@ def backward(
     q, k, v = (_aligned(x) for x in (q, k, v))
     # cuDNN wants both of these in one layout.
     out, grad_out = out.contiguous(), grad_out.contiguous()
-    newest = _newest(dilation, q.shape[3])
+    newest = _newest(1, q.shape[3])
     if newest is not None:
-        by_token = (x.transpose(1, 2) for x in (q, k, v, out, grad_out))
-        grads = newest._flash_attn_bwd(*by_token, lse.contiguous(), softmax_scale=scale, causal=causal)[:3]
-        grad_q, grad_k, grad_v = (grad.transpose(1, 2).contiguous() for grad in grads)
+        by_token = (_by_token(x, dilation) for x in (q, k, v, out, grad_out))
+        classed_lse = classed(lse[..., None], dilation)[..., 0].contiguous()
+        grads = newest._flash_attn_bwd(*by_token, classed_lse, softmax_scale=scale, causal=causal)[:3]
+        grad_q, grad_k, grad_v = (whole(grad.transpose(1, 2), batch, dilation) for grad in grads)
         return grad_q, grad_k, grad_v
     q, k, v, out, grad_out = (classed(x, dilation) for x in (q, k, v, out, grad_out))
     lse = classed(lse[..., None], dilation).contiguous()

@@ -87,7 +87,9 @@ def request_of(
     check_tensors((q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device))
     strides = (q.stride(), k.stride(), v.stride())
     through_lse = wants_lse_gradient(return_lse, q, k, v)
-    return Request(pattern, q.shape, k.shape, v.shape, q.dtype, q.device.type, strides, through_lse)
+    fixed = torch.are_deterministic_algorithms_enabled()
+    shapes = (q.shape, k.shape, v.shape)
+    return Request(pattern, *shapes, q.dtype, q.device.type, strides, through_lse, deterministic=fixed)
 
 
 # ---- who is watching ----------------------------------------------------------------------------------------------

@@ -55,6 +55,45 @@ def choose(request: Request, backend: str | None = None, *, operators_only: bool
     raise UnsupportedError(_refusal_text(request, "no backend takes the request"))
 
 
+def choose_backward(request: Request, forward: str, backend: str | None = None) -> tuple[str, str]:
+    """The backend of the backward half, where `forward` runs the other, and why.
+
+    It is the same one, unless it is left to choose and a backend knows its halves apart: then the one that prefers this
+    half, or else the first in the usual order.
+    """
+    if backend is not None or differentiable(forward):
+        return forward, "it was asked for" if backend is not None else "autograd differentiates it"
+    for name in BACKENDS:
+        takes = hasattr(BACKENDS[name], "prefers_backward") and not refusals_of(name, request)
+        reason = _preference(name, request, "prefers_backward") if takes else None
+        if reason is not None:
+            return name, reason
+    if not hasattr(BACKENDS[forward], "prefers_backward"):
+        return forward, "it runs the forward"
+    others = (name for name in BACKENDS if name != forward and not only_named(name) and not differentiable(name))
+    taking = (name for name in others if not refusals_of(name, request))
+    return next(taking, forward), "the fastest that takes the request"
+
+
+#: Between the names of the two halves of a call, where they differ.
+_AND = "+"
+
+
+def both_halves(request: Request, backend: str | None = None, *, operators_only: bool = False) -> str:
+    """The backends of a call as one text: ``triton``, or ``vendor+triton`` for forward and backward."""
+    forward = choose(request, backend, operators_only=operators_only)[0]
+    backward = choose_backward(request, forward, backend)[0]
+    return forward if forward == backward else f"{forward}{_AND}{backward}"
+
+
+def forward_of(told: str) -> str:
+    return told.partition(_AND)[0]
+
+
+def backward_of(told: str) -> str:
+    return told.rpartition(_AND)[2]
+
+
 def refusals_of(name: str, request: Request) -> list[str]:
     """Why the backend cannot take the request; [] when it can."""
     module = BACKENDS[name]
@@ -69,9 +108,9 @@ def refusals_of(name: str, request: Request) -> list[str]:
 def only_named(name: str) -> bool:
     """True where the backend is never chosen, only named.
 
-    That is the truth; kernels that Triton interprets; and `vendor`, until the benchmark has figures of it.
+    That is the truth, and kernels that Triton interprets.
     """
-    return name in ("reference", "vendor") or (name == "triton" and triton.interpreted())
+    return name == "reference" or (name == "triton" and triton.interpreted())
 
 
 def differentiable(name: str) -> bool:
@@ -84,8 +123,8 @@ def check_name(backend: Any) -> None:
         raise ArgumentError(f"backend={backend!r}: known backends are {', '.join(map(repr, BACKENDS))}")
 
 
-def _preference(name: str, request: Request) -> str | None:
-    prefers = getattr(BACKENDS[name], "prefers", None)
+def _preference(name: str, request: Request, half: str = "prefers") -> str | None:
+    prefers = getattr(BACKENDS[name], half, None)
     return None if prefers is None else prefers(request)
 
 
@@ -116,6 +155,8 @@ def later(backend: str | None, through_lse: bool) -> str:
 
 @lru_cache(maxsize=1024)
 def settled(told: str, request: Request) -> str:
-    """The name of the backend that `later` has put off, chosen for the request at hand."""
+    """The backends that `later` has put off, chosen for the request at hand, as `both_halves` says them."""
+    if not told.startswith(_LATER):
+        return told
     name, _, lse = told.removeprefix(_LATER).partition(":")
-    return choose(replace(request, through_lse=bool(lse)), name or None, operators_only=True)[0]
+    return both_halves(replace(request, through_lse=bool(lse)), name or None, operators_only=True)

@@ -1,8 +1,8 @@
 """The operators behind the two public ops: what autograd, fake tensors and the compiler know of them.
 
 PyTorch's operators take no Python values, so a pattern travels by a name that is looked up again inside. The name is a
-plain string, which torch.compile treats as a constant of the graph. So does the backend: its name, or what
-`longstride.dispatch.choice.later` says.
+plain string, which torch.compile treats as a constant of the graph. So does the backend: what
+`longstride.dispatch.choice.both_halves` or `later` says.
 
 There are two doors to one room. An operator's own machinery takes longer than a GPU takes for a short sequence, and in
 ordinary eager code nobody looks at it. So `batched` and `packed` use the operator where it is `watched`, and else call
@@ -29,7 +29,7 @@ import torch
 
 from longstride.backends.request import Request
 from longstride.dispatch.checks import no_autocast, wants_gradients, watched
-from longstride.dispatch.choice import BACKENDS, settled
+from longstride.dispatch.choice import BACKENDS, backward_of, forward_of, settled
 from longstride.errors import UnsupportedError
 from longstride.patterns import Pattern, parse
 from longstride.patterns.base import name_of, named
@@ -69,11 +69,12 @@ def _refuse_second_derivative(_ctx: Any, *_grads: Any) -> Any:
 # ---- batches ------------------------------------------------------------------------------------------------------
 
 
-def _backend(told: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Any:
+def _settled(told: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> str:
     if told in BACKENDS:
-        return BACKENDS[told]
-    strides = (q.stride(), k.stride(), v.stride())
-    return BACKENDS[settled(told, Request(pattern, q.shape, k.shape, v.shape, q.dtype, q.device.type, strides))]
+        return told
+    strides, fixed = (q.stride(), k.stride(), v.stride()), torch.are_deterministic_algorithms_enabled()
+    shapes = (q.shape, k.shape, v.shape)
+    return settled(told, Request(pattern, *shapes, q.dtype, q.device.type, strides, deterministic=fixed))
 
 
 def _run_backward(
@@ -89,7 +90,8 @@ def _run_backward(
     told: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with no_autocast(q):
-        return _backend(told, q, k, v, rule).backward(grad_out, grad_lse, q, k, v, out, lse, rule, scale)
+        chosen = BACKENDS[backward_of(_settled(told, q, k, v, rule))]
+        return chosen.backward(grad_out, grad_lse, q, k, v, out, lse, rule, scale)
 
 
 @torch.library.custom_op("longstride::attention", mutates_args=())
@@ -98,7 +100,8 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rule = _pattern(pattern)
     with no_autocast(q):
-        return _backend(backend, q, k, v, rule).forward(q, k, v, rule, scale)
+        chosen = BACKENDS[forward_of(_settled(backend, q, k, v, rule))]
+        return chosen.forward(q, k, v, rule, scale)
 
 
 @_attention.register_fake
@@ -165,7 +168,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         *known, told = inputs
-        output = BACKENDS[told].forward(*known)
+        output = BACKENDS[forward_of(told)].forward(*known)
         _save(ctx, inputs, output)
         return output
 
@@ -182,7 +185,7 @@ def batched(
         return _batched(q, k, v, operator_name(pattern), scale, told)
     if wants_gradients(q, k, v):
         return Attention.apply(q, k, v, pattern, scale, told)
-    return BACKENDS[told].forward(q, k, v, pattern, scale)
+    return BACKENDS[forward_of(told)].forward(q, k, v, pattern, scale)
 
 
 # ---- packed documents ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from longstride.backends.request import Request
 from longstride.dispatch.checks import autocast, autocast_on, request_of
-from longstride.dispatch.choice import BACKENDS, choose, only_named, refusals_of
+from longstride.dispatch.choice import BACKENDS, choose, choose_backward, only_named, refusals_of
 from longstride.errors import UnsupportedError
 from longstride.patterns import Pattern
 from longstride.plan import plan
@@ -17,11 +17,17 @@ from longstride.plan import plan
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """What `attention` would do with a request: `backend` chosen, `reasons` against each other one, and the text."""
+    """What `attention` would do with a request, and the text that says so.
+
+    Attributes:
+        backend: the one chosen, or None where all refuse; backward: that of the backward half, mostly the same.
+        reasons: against each other one.
+    """
 
     backend: str | None
     reasons: dict[str, str]
     text: str
+    backward: str | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -41,14 +47,18 @@ def describe(request: Request, backend: str | None = None) -> Explanation:
     for heads, parts in made.groups:
         lines.append(f"  heads {_ranges(heads)}:" if len(made.groups) > 1 else "  parts, which share no pair:")
         lines += [f"    {part}: {part.pairs(request.q_len, request.kv_len):,} pairs" for part in parts]
-    chosen, why = None, ""
+    chosen, why, backward, why_backward = None, "", None, ""
     with suppress(UnsupportedError):
         chosen, why = choose(request, backend)
+        backward, why_backward = choose_backward(request, chosen, backend)
     reasons = {}
     for name, module in BACKENDS.items():
         refusals = refusals_of(name, request)
         if name == chosen:
             lines.append(f"  backend {name}: chosen ({why}): {module.describe(request)}")
+            continue
+        if name == backward:
+            lines.append(f"  backend {name}: chosen for the backward ({why_backward}): {module.describe(request)}")
             continue
         if refusals:
             reasons[name] = "; ".join(refusals)
@@ -57,7 +67,7 @@ def describe(request: Request, backend: str | None = None) -> Explanation:
         else:
             reasons[name] = f"backend {backend!r} was asked for" if backend else f"{chosen} comes first here"
         lines.append(f"  backend {name}: not chosen: {reasons[name]}")
-    return Explanation(chosen, reasons, "\n".join(lines))
+    return Explanation(chosen, reasons, "\n".join(lines), backward)
 
 
 def explain(
