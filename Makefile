@@ -49,8 +49,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Side by side where pytest-xdist is there: compiling is what takes most of the time.
 gpu-test:
-	PYTHONPATH=src TORCHINDUCTOR_COMPILE_THREADS=1 python3 -m pytest tests/gpu
+	PYTHONPATH=src $(ONE_THREAD) python3 -m pytest -p no:benchmark tests/gpu \
+	  $$(python3 -c 'from importlib.util import find_spec; print("-n 8 --dist worksteal" if find_spec("xdist") else "")')
 
 gpu-sanitize:
 	for tool in memcheck racecheck; do \

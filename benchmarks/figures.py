@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 OURS, DENSE, PEER = "ours", "dense", "peer"
+#: What autograd's own time is measured by.
+NOTHING = "autograd.Function that does nothing"
 
 
 @dataclass(frozen=True)
@@ -214,12 +216,18 @@ def figures(result: dict) -> tuple[Figure, ...]:
             "plan + launch overhead on the CPU side, warm",
             "<= 60 us",
             "<= 30 us",
-            tuple(
-                Reading(short, _at(result.get("overhead"), f"ours {measure}", "us"), 60, 30, unit=" us")
-                for measure, short in (("forward", "fwd"), ("backward", "bwd"))
-            ),
+            tuple(_host_time(result.get("overhead") or {})),
         ),
     )
+
+
+def _host_time(overhead: dict) -> Iterator[Reading]:
+    """Plan and launch alone: less what autograd takes for a function that does nothing."""
+    for measure, short in (("forward", "fwd"), ("backward", "bwd")):
+        ours, nothing = (_at(overhead, f"{name} {measure}", "us") for name in ("ours", NOTHING))
+        # The forward is timed without gradients, so that autograd has no part in it.
+        spent = ours if ours is None or nothing is None or measure == "forward" else ours - nothing
+        yield Reading(short, spent, 60, 30, unit=" us")
 
 
 def _against_peers(rows: list[dict]) -> Iterator[Reading]:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-#: What is written before each call on a device: many times any L2 cache, and long enough (about half a millisecond)
+#: What is written before each call on a device: many times any L2 cache, and long enough (over a millisecond)
 #: that the host has queued the call's kernels before the first of them may start.
 FLUSH_BYTES = 512 << 20
-FLUSHES = 3
+FLUSHES = 8
 
 
 def elapsed_ms(call: Callable[[], object]) -> float:

@@ -47,8 +47,8 @@ def _method(result: dict) -> Iterator[str]:
         "built before. The floor is the time of a copy of the same bytes: forward reads q, k, v and writes o; backward "
         "reads q, k, v, o, do and writes dq, dk, dv. TFLOP/s count allowed pairs alone: 2 (qk_dim + v_dim) a pair "
         "forward, 2.5 times that backward. A star marks a row whose kernels the host did not queue in time, so that "
-        "its time holds gaps. The first call is forward and backward with all that is compiled for it, less what an "
-        "earlier case had compiled. FlexAttention is compiled with its default options; its block masks are made "
+        "its time holds gaps. The first calls are forward and backward with all that is compiled for them, less what "
+        "an earlier case had compiled. FlexAttention is compiled with its default options; its block masks are made "
         "before, and its forward is timed with gradients on."
     )
     yield ""
@@ -87,12 +87,13 @@ def _case(name: str, rows: list[dict]) -> Iterator[str]:
         yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
     if any(row["kind"] == OURS and "forward" in row for row in rows):
         yield ""
-        yield "| ours | backend | times best dense, fwd / bwd / both | times best peer | first call, s |"
+        yield "| ours | backend | times best dense, fwd / bwd / both | times best peer | first call fwd / bwd, s |"
         yield "|---|---|---|---|---|"
         for row in rows:
             if row["kind"] == OURS and "forward" in row:
                 cells = [row["pattern"], str(row["backend"]), _times(row, "vs_dense"), _times(row, "vs_peer")]
-                cells.append(f"{row['first_call_s']:.1f}" if "first_call_s" in row else "")
+                firsts = (row[key] for key in ("first_call_s", "first_backward_s") if key in row)
+                cells.append(" / ".join(f"{seconds:.1f}" for seconds in firsts))
                 yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
     notes = [f"- {_cell(row['pattern'])}, {_what(row)}: {row['reason']}" for row in rows if row.get("reason")]
     notes += [_extrapolation(row) for row in rows if row.get("extrapolated_from")]
@@ -143,7 +144,9 @@ def _overhead(overhead: dict) -> Iterator[str]:
     yield ""
     yield (
         "Plan and launch, warm: 200 calls one after another without waiting, B1 H1 T256 D64, Strided(16); beside it "
-        "dense `scaled_dot_product_attention` (flash). Backward through `torch.autograd.grad`."
+        "dense `scaled_dot_product_attention` (flash), and an `autograd.Function` that allocates its results and does "
+        "nothing else. Backward through `torch.autograd.grad`, of which the figure above takes what is ours: less what "
+        "the function that does nothing takes."
     )
     yield ""
     yield "| call | microseconds | spread |"
