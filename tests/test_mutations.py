@@ -29,7 +29,7 @@ from tests.oracle import (
 import longstride as ls
 from longstride.backends import torch as torch_backend
 from longstride.backends.torch import fused
-from longstride.backends.triton import lowering
+from longstride.backends.triton import lowering, sources
 from longstride.patterns import counting
 from longstride.patterns.regions import Band
 from longstride.plan import Dense, Listed, Masked, Window
@@ -448,7 +448,8 @@ def triton_module(name):
 def in_triton(patch: pytest.MonkeyPatch, name: str, broken: object) -> None:
     """Replace a function in every module of the Triton backend that has it; kernels call plain functions as well."""
     owners = [
-        triton_module(path) for path in ("geometry", "forward_kernel", "backward_kernels", "cell_kernel", "launch")
+        triton_module(path)
+        for path in ("geometry", "forward_kernel", "backward_kernels", "cell_kernel", "prepare", "launch")
     ]
     owners = [module for module in owners if hasattr(module, name)]
     assert owners, f"no module has {name}"
@@ -459,7 +460,7 @@ def in_triton(patch: pytest.MonkeyPatch, name: str, broken: object) -> None:
 def forget_launches():
     lowering.lowered.cache_clear()
     if not WHY_NOT:
-        triton_module("launch").forget()
+        triton_module("prepare").forget()
 
 
 def triton_numbers(pattern, q_len=40, kv_len=40, heads=1, kv_heads=1, scale=None):
@@ -525,7 +526,7 @@ def queries_see_one_key_too_many(patch):
     holds = triton_module("geometry")._holds
 
     def broken(i, j, kind, *others):
-        return holds(i + 1 if kind == lowering.LEAST else i, j, kind, *others)
+        return holds(i + 1 if kind == sources.LEAST else i, j, kind, *others)
 
     in_triton(patch, "_holds", broken)
 
@@ -534,7 +535,7 @@ def windows_of_one_key_less(patch):
     holds = triton_module("geometry")._holds
 
     def broken(i, j, kind, *others):
-        return holds(i + 1 if kind == lowering.MOST else i, j, kind, *others)
+        return holds(i + 1 if kind == sources.MOST else i, j, kind, *others)
 
     in_triton(patch, "_holds", broken)
 
@@ -543,7 +544,7 @@ def packed_classes_mixed(patch):
     holds = triton_module("geometry")._holds
 
     def broken(i, j, kind, *others):
-        return (i == i) & (j == j) if kind == lowering.OWN_CLASS else holds(i, j, kind, *others)
+        return (i == i) & (j == j) if kind == sources.OWN_CLASS else holds(i, j, kind, *others)
 
     in_triton(patch, "_holds", broken)
 
@@ -570,9 +571,9 @@ def masks_left_out_to_the_end(patch):
 
 def last_tile_never_launched(patch):
     for name in ("_job", "_cell_job"):
-        make = getattr(triton_module("launch"), name)
+        make = getattr(triton_module("prepare"), name)
         patch.setattr(
-            triton_module("launch"), name, lambda *some, make=make, **more: _one_tile_less(make(*some, **more))
+            triton_module("prepare"), name, lambda *some, make=make, **more: _one_tile_less(make(*some, **more))
         )
 
 
@@ -581,7 +582,7 @@ def _one_tile_less(job):
 
 
 def merging_forgotten(patch):
-    patch.setattr(triton_module("launch"), "_order", lambda launches, *_: ([False] * len(launches), False))
+    patch.setattr(triton_module("prepare"), "_order", lambda launches, *_: ([False] * len(launches), False))
 
 
 def delta_not_subtracted(patch):
@@ -604,18 +605,18 @@ def log_sum_exp_in_base_2(patch):
 
 
 def second_reader_forgotten(patch):
-    make = triton_module("launch")._job
-    patch.setattr(triton_module("launch"), "_job", lambda *some, **more: replace(make(*some, **more), readers=1))
+    make = triton_module("prepare")._job
+    patch.setattr(triton_module("prepare"), "_job", lambda *some, **more: replace(make(*some, **more), readers=1))
 
 
 def tables_of_the_first_head(patch):
-    table = lowering._table
-    patch.setattr(lowering, "_table", lambda *some: (table(*some)[0], 0))
+    table = sources._table
+    patch.setattr(sources, "_table", lambda *some: (table(*some)[0], 0))
 
 
 def distances_one_off(patch):
-    put = lowering._Writer.put_list
-    patch.setattr(lowering._Writer, "put_list", lambda self, values: put(self, values + 1))
+    put = sources.Writer.put_list
+    patch.setattr(sources.Writer, "put_list", lambda self, values: put(self, values + 1))
 
 
 def sign_lost_in_the_launch(patch):

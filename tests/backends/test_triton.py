@@ -51,8 +51,8 @@ def in_the_interpreter():
 
 @pytest.fixture
 def launch():
-    """The module that launches; what it remembers is forgotten before and after, so that it can be changed."""
-    module = importlib.import_module("longstride.backends.triton.launch")
+    """The module that prepares launches; what it remembers is forgotten before and after, so that it can be changed."""
+    module = importlib.import_module("longstride.backends.triton.prepare")
     module.forget()
     yield module
     module.forget()
@@ -308,9 +308,10 @@ def test_any_strides(pattern):
 
 
 @pytest.mark.parametrize("pattern", [MERGED, ls.Fixed(8, 2), ls.LogSparse(4), ls.RandomBlocks(8, 2)], ids=str)
-def test_offsets_of_64_bits_and_grids_cut_into_pieces(pattern, launch, monkeypatch):
-    monkeypatch.setattr(launch, "_wide", lambda *_: True)
-    monkeypatch.setattr(launch, "MOST_ROWS", 2)
+def test_offsets_of_64_bits_and_grids_cut_into_pieces(pattern, monkeypatch):
+    calls = importlib.import_module("longstride.backends.triton.launch")
+    monkeypatch.setattr(calls, "_wide", lambda *_: True)
+    monkeypatch.setattr(calls, "MOST_ROWS", 2)
     assert_triton_is_reference(pattern, 20, 20, batch=3)
 
 

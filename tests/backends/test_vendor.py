@@ -48,13 +48,13 @@ TAKEN = [
 @pytest.mark.parametrize(("pattern", "classes"), TAKEN, ids=str)
 def test_patterns_that_are_dense_in_classes(pattern, classes):
     assert vendor.refusals(request(pattern)) == []
-    assert vendor.classes_of(pattern, 4096, 4) == classes
+    assert vendor.classes_of(pattern, 4096, 4) == (*classes, None)
 
 
 @pytest.mark.parametrize("pattern", [pattern for pattern, _ in TAKEN], ids=str)
 def test_the_classes_are_the_pattern(pattern):
     for length in (64, 128, 256):
-        dilation, causal = vendor.classes_of(pattern, length, 4) or (None, None)
+        dilation, causal, _ = vendor.classes_of(pattern, length, 4) or (None, None, None)
         if dilation is not None:
             i, j = torch.arange(length)[:, None], torch.arange(length)
             inside = ((i - j) % dilation == 0) & ((j <= i) if causal else torch.ones_like(i, dtype=torch.bool))
@@ -67,16 +67,19 @@ def test_the_classes_are_the_pattern(pattern):
         (request(device_type="cpu"), "the tensors are on cpu"),
         (request(dtype=torch.float32), "neither float16 nor bfloat16"),
         (request(kv_heads=2), "4 heads share 2 kv_heads"),
+        (request(ls.Causal(), kv_heads=2), "4 heads that share 2 kv_heads are for flash-attn-4"),
+        (replace(request(), q_shape=(20000, 4, 4096, 64)), "take 65,535 rows of a batch"),
         (request(v_dim=32), "v_head_dim 32 is not head_dim 64"),
         (request(dim=60), "head_dim 60 is not a multiple of 8"),
         (request(dim=256), "head_dim 256"),
         (request(length=64, kv_len=128), "64 queries for 128 keys"),
-        (request(ls.Local(64)), "Local(64) is not dense"),
+        (request(ls.Local(64)), "windows are for flash-attn-4"),
+        (request(ls.Local(64, lookahead=3)), "Local(64, lookahead=3) is not dense"),
         (request(ls.Local(64) | ls.Strided(64)), "is not dense"),
         (request(ls.per_head(ls.Causal(), ls.Strided(64))), "is not dense"),
         (request(ls.BlockLocal(64)), "is not dense"),
         (request(ls.Causal() & Thirds()), "is not dense"),
-        (request(ls.Dilated(8, 64)), "is not dense"),
+        (request(ls.Dilated(8, 64)), "windows are for flash-attn-4"),
         (request(length=4000), "the stride 64 does not divide the length 4000"),
         (request(length=64), "a single position"),
     ],
@@ -134,6 +137,20 @@ def test_dense_attention_on_the_view_is_strided_attention(stride, causal):
         assert got.is_contiguous()
         torch.testing.assert_close(got, truth, rtol=0, atol=1e-12)
     assert torch.equal(vendor.whole(vendor.classed(inputs[0], stride), 2, stride), inputs[0])
+
+
+def test_flash_attn_4_takes_windows_and_shared_key_heads(monkeypatch):
+    monkeypatch.setattr(vendor, "_flash_attn_4", lambda: object())
+    assert vendor.classes_of(ls.Local(64), 4096, 4) == (1, True, 64)
+    assert vendor.classes_of(ls.Dilated(8, 64), 4096, 4) == (64, True, 8)
+    taken = (request(ls.Local(64), kv_heads=2), request(ls.Dilated(8, 64)), request(ls.Causal(), kv_heads=1))
+    for asked in taken:
+        assert vendor.refusals(asked) == []
+    assert "window of 64 attention of flash-attn-4 over 4,096 rows" in vendor.describe(taken[0])
+    assert vendor.prefers(request(ls.Local(512))) is not None
+    assert vendor.prefers(request(ls.Local(256))) is None
+    assert any("which is not installed or does not fit" in x for x in vendor.refusals(request(ls.Local(64), dim=32)))
+    assert any("in classes it wants as many" in x for x in vendor.refusals(request(kv_heads=2)))
 
 
 @pytest.fixture

@@ -419,6 +419,10 @@ def check_documents(
 def test_packed_documents(index: int, record_property) -> None:
     torch.manual_seed(index)
     lists = documents_of(index)
+    if any(rule.bind(400) != rule.bind(1) for rule in POOL[index].split_heads(HEADS)):
+        with pytest.raises(ls.UnsupportedError, match="depends on the length, which differs from document to document"):
+            check_documents(POOL[index], SETTINGS[0], 1, lists[0])
+        return
     for lengths in lists:
         check_documents(POOL[index], SETTINGS[index % 4 * 3], (4, 2, 1)[index // 2 % 3], lengths)
     record_property("cases: attention_varlen", len(lists))
@@ -441,7 +445,8 @@ def assert_rows_are_right(pattern: ls.Pattern, q, k, v, rows: list[int], columns
     scale = dim**-0.5
 
     def assert_near(name, row, found, wanted, most):
-        error = (found.double() - wanted).norm() / wanted.norm().clamp(min=1e-6)
+        # Over a single key grad_q and grad_k are exactly 0, and found as a rounding of numbers near 1.
+        error = (found.double() - wanted).norm() / wanted.norm().clamp(min=1e-3)
         assert error <= most, f"{name}[{row}] of {pattern}: {error:.3g}"
 
     for row in rows:

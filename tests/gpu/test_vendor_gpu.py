@@ -48,7 +48,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def assert_near(inputs: list[torch.Tensor], pattern: ls.Pattern, scale: float | None = None) -> None:
     """out, lse, and the gradients of out against the reference."""
     dtype = inputs[0].dtype
-    weight = torch.randn_like(inputs[2])
+    weight = torch.randn_like(inputs[0])
     results = []
     for as_dtype, backend in ((dtype, "vendor"), (torch.float64, "reference")):
         # Leaves as they lie in memory: the layout is a part of what is tested.
@@ -106,6 +106,22 @@ def test_any_layout_that_it_takes() -> None:
     assert_near(misaligned, ls.Strided(8))
     with pytest.raises(ls.UnsupportedError, match="make it contiguous"):
         ls.attention(*tokens_first, ls.Strided(8), backend="vendor")
+
+
+@pytest.mark.filterwarnings("ignore")  # flash-attn-4's own, while it compiles
+@pytest.mark.skipif(vendor._flash_attn_4() is None, reason="flash-attn-4 is not installed, or this is no Hopper device")
+def test_windows_and_shared_key_heads() -> None:
+    for pattern, kv_heads in ((ls.Local(100), 4), (ls.Local(600), 1), (ls.Causal(), 2), (ls.Dilated(20, 4), 4)):
+        for head_dim in (64, 128):
+            torch.manual_seed(head_dim)
+            shapes = ((2, 4, 1024, head_dim), (2, kv_heads, 1024, head_dim), (2, kv_heads, 1024, head_dim))
+            assert_near([torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes], pattern)
+
+
+def test_more_batch_rows_than_a_grid_takes_are_refused() -> None:
+    x = torch.zeros(1, 1, 1, 1, device="cuda", dtype=torch.bfloat16).expand(70_000, 1, 16, 64)
+    with pytest.raises(ls.UnsupportedError, match="65,535 rows of a batch"):
+        ls.attention(x, x, x, ls.Causal(), backend="vendor")
 
 
 def test_gradients_through_the_lse_are_refused() -> None:

@@ -1,8 +1,9 @@
-"""The `vendor` backend: dense kernels of cuDNN and FlashAttention, on views that make a stride dense.
+"""The `vendor` backend: kernels of cuDNN and FlashAttention, on views that make a stride dense.
 
 In the residue classes of a stride, strided attention is dense. With n = length / stride, position c + r * stride is
 row r of class c, so that a view [batch * heads, stride, n, dim] of q, k and v gives every class as a head of its own,
-and the kernels that chip makers write for dense attention compute it exactly; nothing is copied.
+and the kernels that chip makers write for dense attention compute it exactly; nothing is copied. flash-attn-4, where it
+is installed, takes windows too, and key heads that query heads share.
 """
 
 from __future__ import annotations
@@ -24,13 +25,20 @@ takes_lse_gradient = False  # the kernels compute delta = sum(out * grad_out) th
 
 DTYPES = (torch.float16, torch.bfloat16)
 FLASH_ATTENTION_4 = "flash-attn-4"
+#: The most rows of a batch, or heads, of one launch.
+MOST_ROWS = 65535
 
 
 class Classes(NamedTuple):
-    """What the kernels run: dense attention, causal or not, in each residue class mod `dilation`."""
+    """What the kernels run in each residue class mod `dilation`: dense attention, causal or not, or a causal window."""
 
     dilation: int
     causal: bool
+    window: int | None = None
+
+    @property
+    def text(self) -> str:
+        return f"window of {self.window:,}" if self.window else "causal" if self.causal else "full"
 
 
 # ---- what it takes ------------------------------------------------------------------------------------------------
@@ -42,8 +50,6 @@ def refusals(request: Request) -> list[str]:
     found = []
     if request.dtype not in DTYPES:
         found.append(f"dtype {request.dtype} is neither float16 nor bfloat16")
-    if request.num_heads != request.num_kv_heads:
-        found.append(f"{request.num_heads} heads share {request.num_kv_heads} kv_heads: it wants as many of both")
     if request.head_dim != request.v_head_dim:
         found.append(f"v_head_dim {request.v_head_dim} is not head_dim {request.head_dim}")
     if request.head_dim % 8 or request.head_dim > 128:
@@ -53,9 +59,19 @@ def refusals(request: Request) -> list[str]:
         return found
     classes = classes_of(request.pattern, request.q_len, request.num_heads)
     if classes is None:
-        found.append(f"{request.pattern} is not dense, nor dense in every residue class of a stride")
-    elif request.q_len % classes.dilation:
+        found.append(f"{request.pattern} is not dense, nor dense in every residue class of a stride, nor a window")
+        return found
+    shares = request.num_heads != request.num_kv_heads
+    if shares and classes.dilation > 1:
+        found.append(f"{request.num_heads} heads share {request.num_kv_heads} kv_heads: in classes it wants as many")
+    elif (shares or classes.window) and not _newest(classes, request.head_dim, shares):
+        what = "windows" if classes.window else f"{request.num_heads} heads that share {request.num_kv_heads} kv_heads"
+        dims = ", ".join(map(str, NEWEST_HEAD_DIMS))
+        found.append(f"{what} are for flash-attn-4 (head_dims {dims}) alone, which is not installed or does not fit")
+    if request.q_len % classes.dilation:
         found.append(f"the stride {classes.dilation} does not divide the length {request.q_len}")
+    elif max(_batch_and_heads(request, classes.dilation)) > MOST_ROWS:
+        found.append(f"its kernels take {MOST_ROWS:,} rows of a batch, or heads, and these are more")
     elif request.q_len == classes.dilation:
         found.append("each class has a single position, which its kernels do not take")
     elif request.strides is not None and not all(
@@ -72,42 +88,51 @@ def refusals(request: Request) -> list[str]:
 #: backward: measured on an H100 (benchmarks/results/attention_gpu.md). Ours hold shorter classes on chip as a whole.
 FROM_ROWS = {64: 129, 128: 65}
 FROM_ROWS_BACKWARD = 512
+#: And keys of a window from which on flash-attn-4 is, both ways.
+FROM_WINDOW = 512
 
 
 def prefers(request: Request) -> str | None:
-    rows, least = _rows(request), FROM_ROWS[64 if request.head_dim <= 64 else 128]
-    if rows < least:
-        return None
-    return f"classes of {rows:,} rows are dense attention, its own trade from {least} rows on"
+    return _preference(request, FROM_ROWS[64 if request.head_dim <= 64 else 128])
 
 
 def prefers_backward(request: Request) -> str | None:
-    rows = _rows(request)
-    if rows < FROM_ROWS_BACKWARD or request.deterministic:  # they add up grad_q in whatever order programs finish
+    if request.deterministic:  # they add up grad_q in whatever order programs finish
         return None
-    return f"classes of {rows:,} rows are dense attention, its own trade from {FROM_ROWS_BACKWARD} rows on"
+    return _preference(request, FROM_ROWS_BACKWARD)
 
 
-def _rows(request: Request) -> int:
-    """Rows of a class, of a request that is not refused."""
+def _preference(request: Request, least: int) -> str | None:
+    classes = _classes(request)
+    keys, least = (classes.window, FROM_WINDOW) if classes.window else (request.q_len // classes.dilation, least)
+    return f"{keys:,} keys a query are its own trade, from {least} on" if keys >= least else None
+
+
+def _classes(request: Request) -> Classes:
+    """The classes of a request that is not refused."""
     classes = classes_of(request.pattern, request.q_len, request.num_heads)
     assert classes is not None, "asked of requests that are not refused"
-    return request.q_len // classes.dilation
+    return classes
 
 
 def describe(request: Request) -> str:
-    classes = classes_of(request.pattern, request.q_len, request.num_heads)
-    assert classes is not None, "describe is asked of requests that are not refused"
-    what = "causal" if classes.causal else "full"
-    forward = FLASH_ATTENTION_4 if _newest(classes.dilation, request.head_dim) else kernel()
-    backward = FLASH_ATTENTION_4 if _newest(1, request.head_dim) else kernel()
+    classes, shares = _classes(request), request.num_heads != request.num_kv_heads
+    forward = FLASH_ATTENTION_4 if _newest(classes, request.head_dim, shares) else kernel()
+    backward = FLASH_ATTENTION_4 if _newest(DENSE, request.head_dim, shares) else kernel()
     runs = forward if forward == backward else f"{forward} (backward: {backward})"
-    rows = _rows(request)
-    return f"dense {what} attention of {runs} over {rows:,} rows in each of {classes.dilation:,} classes, a view"
+    rows = request.q_len // classes.dilation
+    what = f"{classes.text} attention of {runs} over {rows:,} rows in each of {classes.dilation:,} classes, a view"
+    return what if classes.window else f"dense {what}"
+
+
+def _batch_and_heads(request: Request, dilation: int) -> tuple[int, int]:
+    """Of the view that the kernels get."""
+    batch, heads = request.q_shape[:2]
+    return (batch, heads) if dilation == 1 else (batch * heads, dilation)
 
 
 def classes_of(pattern: Pattern, length: int, heads: int) -> Classes | None:
-    """The pattern as dense attention in residue classes; None where it is something else."""
+    """The pattern as dense or windowed attention in residue classes; None where it is something else."""
     groups = plan(pattern, length, length, heads).groups
     if len(groups) != 1 or len(groups[0][1]) != 1:
         return None
@@ -115,7 +140,9 @@ def classes_of(pattern: Pattern, length: int, heads: int) -> Classes | None:
     if part.minus or part.skip_rows or part.term.regions:
         return None
     dilation, lo, hi = _ends(part.term.band or Band(1, None, None), length)
-    return Classes(dilation, lo == 0) if hi is None and lo in (0, None) else None
+    if hi is not None:
+        return Classes(dilation, True, hi + 1) if lo == 0 else None
+    return Classes(dilation, lo == 0) if lo in (0, None) else None
 
 
 def _ends(band: Band, length: int) -> tuple[int, int | None, int | None]:
@@ -158,13 +185,19 @@ def _has(operator: str, argument: str) -> bool:
     return argument in arguments and "is_causal" in arguments and "scale" in arguments
 
 
-def _newest(dilation: int, head_dim: int) -> Any:
-    """flash-attn-4 where it is installed and is the fastest of all, in the head_dims it is tuned for.
+#: The head_dims that flash-attn-4 is tuned for.
+NEWEST_HEAD_DIMS = (64, 96, 128)
+DENSE = Classes(1, True)
 
-    In forward that is for dense patterns (dilation 1): in the classes of a stride cuDNN was faster, from 96 rows to
-    1,024. In backward it was the fastest in both.
+
+def _newest(classes: Classes, head_dim: int, shares: bool = False) -> Any:
+    """flash-attn-4 where it is installed and is the fastest of all, or alone takes what is asked.
+
+    In forward that is for windows and dense patterns (dilation 1): in the classes of a stride cuDNN was faster, from 96
+    rows to 1,024. In backward it was the fastest in all, whatever the classes: ask for `DENSE`.
     """
-    return _flash_attn_4() if dilation == 1 and head_dim in (64, 96, 128) else None
+    asked = classes.dilation == 1 or classes.window is not None or shares
+    return _flash_attn_4() if asked and head_dim in NEWEST_HEAD_DIMS else None
 
 
 @lru_cache
@@ -205,16 +238,18 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, contiguous; not differentiable by itself."""
-    dilation, causal = _classes(q, pattern)
+    classes = _classes_of(q, pattern)
+    dilation, causal = classes.dilation, classes.causal
     if scale <= 0:
         # The kernels take the largest score of a row before they scale it.
         q, scale = q * scale, 1.0
     q, k, v = (_aligned(x) for x in (q, k, v))
-    newest = _newest(dilation, q.shape[3])
+    newest = _newest(classes, q.shape[3], q.shape[1] != k.shape[1])
     if newest is not None:
-        by_token = (_by_token(x, 1) for x in (q, k, v))
-        out, lse = newest._flash_attn_fwd(*by_token, softmax_scale=scale, causal=causal, return_lse=True)[:2]
-        return out.transpose(1, 2).contiguous(), lse.contiguous()
+        by_token = (_by_token(x, dilation) for x in (q, k, v))
+        asked = {"softmax_scale": scale, "causal": causal, "window_size_left": _left(classes)}
+        out, lse = newest._flash_attn_fwd(*by_token, **asked, return_lse=True)[:2]
+        return whole(out.transpose(1, 2), q.shape[0], dilation), whole(lse, q.shape[0], dilation)
     views = (classed(x, dilation) for x in (q, k, v))
     if kernel() == "cudnn":
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
@@ -243,16 +278,18 @@ def backward(
     if scale <= 0:
         grad_q, grad_k, grad_v = backward(grad_out, None, q * scale, k, v, out, lse, pattern, 1.0)
         return grad_q * scale, grad_k, grad_v
-    dilation, causal = _classes(q, pattern)
+    classes = _classes_of(q, pattern)
+    dilation, causal = classes.dilation, classes.causal
     batch = q.shape[0]
     q, k, v = (_aligned(x) for x in (q, k, v))
     # cuDNN wants both of these in one layout.
     out, grad_out = out.contiguous(), grad_out.contiguous()
-    newest = _newest(1, q.shape[3])
+    newest = _newest(DENSE, q.shape[3])
     if newest is not None:
         by_token = (_by_token(x, dilation) for x in (q, k, v, out, grad_out))
         classed_lse = classed(lse[..., None], dilation)[..., 0].contiguous()
-        grads = newest._flash_attn_bwd(*by_token, classed_lse, softmax_scale=scale, causal=causal)[:3]
+        asked = {"softmax_scale": scale, "causal": causal, "window_size_left": _left(classes)}
+        grads = newest._flash_attn_bwd(*by_token, classed_lse, **asked)[:3]
         grad_q, grad_k, grad_v = (whole(grad.transpose(1, 2), batch, dilation) for grad in grads)
         return grad_q, grad_k, grad_v
     q, k, v, out, grad_out = (classed(x, dilation) for x in (q, k, v, out, grad_out))
@@ -274,7 +311,12 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-def _classes(q: torch.Tensor, pattern: Pattern) -> Classes:
+def _left(classes: Classes) -> int | None:
+    """How many keys before a query's own it reads in its class, where there is a bound."""
+    return None if classes.window is None else classes.window - 1
+
+
+def _classes_of(q: torch.Tensor, pattern: Pattern) -> Classes:
     classes = classes_of(pattern, q.shape[2], q.shape[1])
     assert classes is not None, "requests for other patterns are refused"
     return classes

@@ -49,7 +49,8 @@ def operator_name(pattern: Pattern) -> str:
 def _past_the_operator(pattern: Pattern | str, tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """True where a backward may leave the operator out: its forward did, and nobody watches now either.
 
-    Where a derivative of the derivative may follow, the operator is what refuses it.
+    tensors: the gradients that come in; what the forward saw was looked at there. Where a derivative of the derivative
+    may follow, the operator is what refuses it.
     """
     return not isinstance(pattern, str) and not torch.is_grad_enabled() and not watched(*tensors)
 
@@ -143,7 +144,7 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tens
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     pattern, scale, told = ctx.settings
     known = (grad_out, grad_lse, q, k, v, out, lse)
-    if _past_the_operator(pattern, known):
+    if _past_the_operator(pattern, (grad_out, grad_lse)):
         grads = _run_backward(*known, pattern, scale, told)
     else:
         grads = _batched_backward(*known, _text(pattern), scale, told)
@@ -289,7 +290,7 @@ def _differentiate_varlen(ctx: Any, grad_out: torch.Tensor | None, grad_lse: tor
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     max_seqlen, pattern, scale, told = ctx.settings
     known = (grad_out, grad_lse, q, k, v, out, lse, cu_seqlens)
-    if _past_the_operator(pattern, known):
+    if _past_the_operator(pattern, (grad_out, grad_lse)):
         grads = _run_varlen_backward(*known, max_seqlen, pattern, scale, told)
     else:
         grads = _packed_backward(*known, max_seqlen, _text(pattern), scale, told)

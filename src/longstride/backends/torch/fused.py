@@ -35,12 +35,16 @@ def _has(name: str) -> bool:
     return len(arguments) >= positional and argument in arguments and "scale" in arguments
 
 
-def kernel(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """``flash-cpu``, ``flash-cuda`` or ``plain``: what computes unmasked tiles here."""
+#: The most rows of a batch, or heads, of one launch on a CUDA device.
+MOST_ROWS = 65535
+
+
+def kernel(device_type: str, dtype: torch.dtype, head_dim: int, rows: int = 1) -> str:
+    """``flash-cpu``, ``flash-cuda`` or ``plain``: what computes unmasked tiles here; rows: of the batch, or heads."""
     if device_type == "cpu" and _has("flash-cpu"):
         return "flash-cpu"
     half = dtype in (torch.float16, torch.bfloat16)
-    if device_type == "cuda" and half and head_dim <= 256 and _has("flash-cuda") and _ampere():
+    if device_type == "cuda" and half and head_dim <= 256 and rows <= MOST_ROWS and _has("flash-cuda") and _ampere():
         return "flash-cuda"
     return "plain"
 
@@ -54,7 +58,7 @@ def fused_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of [batch, heads, rows, dim] views, all of one dim; out and its log-sum-exp [batch, heads, rows]."""
-    chosen = kernel(q.device.type, q.dtype, q.shape[-1])
+    chosen = kernel(q.device.type, q.dtype, q.shape[-1], max(q.shape[:2]))
     if scale <= 0:
         # The kernels scale a triangle's -inf too, which only a positive scale survives: scale q instead.
         q, scale = q * scale, 1.0
@@ -86,7 +90,7 @@ def fused_backward(
     The kernels compute delta = sum(out * grad_out) themselves, so where a gradient comes `through_lse` besides, and
     delta is less by it, the plain path takes over.
     """
-    chosen = kernel(q.device.type, q.dtype, q.shape[-1])
+    chosen = kernel(q.device.type, q.dtype, q.shape[-1], max(q.shape[:2]))
     dim = q.shape[-1]
     if chosen == "plain" or through_lse:
         return _plain_backward(grad_out, q, k, v, lse, delta, scale, causal)

@@ -62,7 +62,7 @@ def refusals(request: Request) -> list[str]:
 @lru_cache(maxsize=256)
 def _by_length(pattern: Pattern, heads: int, length: int) -> bool:
     """True when a shorter sequence has other pairs than the start of a longer one."""
-    return any(rule.bind(length) != rule.bind(length + 1) for rule in pattern.split_heads(heads))
+    return any(rule.bind(length) != rule.bind(1) for rule in pattern.split_heads(heads))
 
 
 def describe(request: Request) -> str:
@@ -77,9 +77,9 @@ def _tf32(dtype: torch.dtype) -> bool:
 
 
 def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Any:
-    from longstride.backends.triton import launch
+    from longstride.backends.triton.prepare import prepare_batched
 
-    return launch.prepare_batched(pattern, q.shape, k.shape, v.shape[3], q.dtype, q.device, _tf32(q.dtype))
+    return prepare_batched(pattern, q.shape, k.shape, v.shape[3], q.dtype, q.device, _tf32(q.dtype))
 
 
 def forward(
@@ -164,12 +164,12 @@ def backward_varlen(
 
 
 def _prepared_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, longest: int, pattern: Pattern) -> Any:
-    from longstride.backends.triton import launch
+    from longstride.backends.triton.prepare import Shapes, prepare
 
-    shapes = launch.Shapes(
+    shapes = Shapes(
         longest, longest, q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, q.device, _tf32(q.dtype), True
     )
-    return launch.prepare(pattern, shapes)
+    return prepare(pattern, shapes)
 
 
 def _batched(*packed: torch.Tensor | None) -> list[Any]:

@@ -1,34 +1,34 @@
 """What the kernels share: which positions a tile owns, which stretch of the other side it meets, which pairs count.
 
-All positions and class indices are int32; lists and numbers are as `lowering` writes them.
+All positions and class indices are int32; lists and numbers are as `sources` writes them.
 """
 
 import triton
 import triton.language as tl
 
-from longstride.backends.triton import lowering
+from longstride.backends.triton import sources
 
-LANES = tl.constexpr(lowering.LANES)
-BLOCKS = tl.constexpr(lowering.BLOCKS)
-GROUP = tl.constexpr(lowering.GROUP)
-LIST = tl.constexpr(lowering.LIST)
-RANGE = tl.constexpr(lowering.RANGE)
-CHUNK = tl.constexpr(lowering.CHUNK)
-COLUMNS = tl.constexpr(lowering.COLUMNS)
-LISTED = tl.constexpr(lowering.LISTED)
-TABLE = tl.constexpr(lowering.TABLE)
-DIAGONALS = tl.constexpr(lowering.DIAGONALS)
-LEAST = tl.constexpr(lowering.LEAST)
-MOST = tl.constexpr(lowering.MOST)
-CLASS = tl.constexpr(lowering.CLASS)
-OWN_CLASS = tl.constexpr(lowering.OWN_CLASS)
-SAME_BLOCK = tl.constexpr(lowering.SAME_BLOCK)
-KEY_GROUP = tl.constexpr(lowering.KEY_GROUP)
-KEY_FIRST = tl.constexpr(lowering.KEY_FIRST)
-KEY_LIST = tl.constexpr(lowering.KEY_LIST)
-QUERY_FIRST = tl.constexpr(lowering.QUERY_FIRST)
-QUERY_LIST = tl.constexpr(lowering.QUERY_LIST)
-DISTANCE = tl.constexpr(lowering.DISTANCE)
+LANES = tl.constexpr(sources.LANES)
+BLOCKS = tl.constexpr(sources.BLOCKS)
+GROUP = tl.constexpr(sources.GROUP)
+LIST = tl.constexpr(sources.LIST)
+RANGE = tl.constexpr(sources.RANGE)
+CHUNK = tl.constexpr(sources.CHUNK)
+COLUMNS = tl.constexpr(sources.COLUMNS)
+LISTED = tl.constexpr(sources.LISTED)
+TABLE = tl.constexpr(sources.TABLE)
+DIAGONALS = tl.constexpr(sources.DIAGONALS)
+LEAST = tl.constexpr(sources.LEAST)
+MOST = tl.constexpr(sources.MOST)
+CLASS = tl.constexpr(sources.CLASS)
+OWN_CLASS = tl.constexpr(sources.OWN_CLASS)
+SAME_BLOCK = tl.constexpr(sources.SAME_BLOCK)
+KEY_GROUP = tl.constexpr(sources.KEY_GROUP)
+KEY_FIRST = tl.constexpr(sources.KEY_FIRST)
+KEY_LIST = tl.constexpr(sources.KEY_LIST)
+QUERY_FIRST = tl.constexpr(sources.QUERY_FIRST)
+QUERY_LIST = tl.constexpr(sources.QUERY_LIST)
+DISTANCE = tl.constexpr(sources.DISTANCE)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
