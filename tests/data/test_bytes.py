@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 import pytest
 
 from longstride.data import SPLITS, assign_split, open_source, split_source, standard_library
-from longstride.data.bytes import FEWEST_FILES_TO_SPLIT, Slice
+from longstride.data.splits import FEWEST_FILES_TO_SPLIT, Slice
 from longstride.errors import DataError
 
 

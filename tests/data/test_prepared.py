@@ -15,7 +15,7 @@ def source_of(path, data: bytes):
 def test_splits_are_copied_byte_for_byte_and_memory_mapped(tmp_path):
     data = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8)
     prepared = prepare(source_of(tmp_path / "data.bin", data.tobytes()), tmp_path / "run" / "data", context=100)
-    assert prepared.bytes == {"train": 2_700_000, "validation": 150_000, "test": 150_000}
+    assert prepared.tokens == {"train": 2_700_000, "validation": 150_000, "test": 150_000}
     assert isinstance(prepared.split("train"), np.memmap)
     joined = np.concatenate([prepared.split(name) for name in ("train", "validation", "test")])
     assert np.array_equal(joined, data)

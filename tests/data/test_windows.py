@@ -50,10 +50,20 @@ def test_even_windows_span_the_split_and_do_not_repeat_bytes_when_it_is_short():
 
 @pytest.mark.parametrize("kind", [lambda: RandomWindows(SPLIT, 201, 1, 0), lambda: EvenWindows(SPLIT, 201, 1)])
 def test_window_longer_than_the_split_is_refused(kind):
-    with pytest.raises(ArgumentError, match="a window of 201 bytes does not fit into 200"):
+    with pytest.raises(ArgumentError, match="a window of 201 tokens does not fit into 200"):
         kind()
 
 
 def test_end_of_a_data_set_is_an_index_error():
     assert len(list(RandomWindows(SPLIT, 16, 7, 0))) == 7
     assert len(list(EvenWindows(SPLIT, 16, 7))) == 7
+
+
+def test_windows_of_records_start_where_records_do():
+    windows = RandomWindows(SPLIT[:197], length=12, count=500, seed=0, record=12)
+    assert {windows.start(index) for index in range(500)} == set(range(0, 192, 12))
+    longer = RandomWindows(SPLIT, length=30, count=500, seed=0, record=12)
+    assert {longer.start(index) for index in range(500)} == set(range(0, 171, 12))
+    even = EvenWindows(SPLIT[:60], length=12, count=3, record=12)
+    assert [int(even[index]["input_ids"][0]) for index in range(3)] == [0, 24, 48]
+    assert len(EvenWindows(SPLIT[:60], length=12, count=9, record=12)) == 5

@@ -25,9 +25,11 @@ def evaluate(
 
     The figure is in bits per byte: 8 is guessing, lower is better. Beside it stand two yardsticks for the same bytes:
     their frequencies alone (order-0 entropy), and the compressor `xz -9e`.
+
+    Data of another kind are measured in bits per token of it: of images, bits per dim.
     """
     from longstride.cli.saved import load_model
-    from longstride.data import SPLITS, PreparedData, open_source
+    from longstride.data import SPLITS, PreparedData, decode_source, open_source
     from longstride.errors import ArgumentError
     from longstride.training import RunFolder, resolve_device
     from longstride.training import evaluate as measure
@@ -40,20 +42,29 @@ def evaluate(
         raise ArgumentError(f"--batch-size {batch_size}: it must be at least 1")
     model = load_model(run, resolve_device(device))
     context = model.config.max_position_embeddings
+    prepared = PreparedData.open(RunFolder(run).data) if RunFolder(run).data.exists() else None
+    kind = None if prepared is None else prepared.decoded_as
     if data is not None:
-        text, name = open_source(data).read(max_bytes), str(data)
-    elif RunFolder(run).data.exists():
-        text, name = PreparedData.open(RunFolder(run).data).split(split)[:max_bytes], f"the {split} split of {run}"
+        # A model reads what it was trained on, as it was decoded then.
+        source = open_source(data) if kind is None else decode_source(data, kind)
+        text, name = source.read(max_bytes), str(data)
+    elif prepared is not None:
+        text, name = prepared.split(split)[:max_bytes], f"the {split} split of {run}"
     else:
         raise ArgumentError(f"{run} has no data of its own: name some with --data")
     if not json_output:
-        typer.echo(f"Evaluating on {len(text):,} bytes of {name}.")
+        typer.echo(f"Evaluating on {len(text):,} {'byte' if kind is None else kind.unit}s of {name}.")
+    record = 1 if kind is None else kind.record
+    if min_context is None:
+        min_context = context // 2 if record == 1 else 1
     evaluation = measure(
         model,
         text,
         context=context,
-        min_context=context // 2 if min_context is None else min_context,
+        min_context=min_context,
         batch_size=batch_size,
         progress=True,
+        record=record,
+        unit="byte" if kind is None else kind.unit,
     )
     typer.echo(json.dumps(dataclasses.asdict(evaluation), indent=2) if json_output else str(evaluation))

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longstride.data import KINDS
 from longstride.errors import DataError
 
 if TYPE_CHECKING:
-    from longstride.data import PreparedData
+    from longstride.data import ByteSource, DecodedSource, PreparedData
     from longstride.models import SparseTransformerForCausalLM
     from longstride.training import Evaluation, Recipe, RunFolder
 
@@ -25,8 +26,15 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="A file or folder of anything, read as bytes. Without it: the source of Python's own standard "
-            "library on this machine."
+            help="A file or folder of anything. Without it: the source of Python's own standard library on this "
+            "machine."
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="How --data is read: " + ", ".join(KINDS) + ". Without it the files' names decide where they leave "
+            "no doubt, and bytes do otherwise."
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="The folder for all results; it must not hold a run yet.")] = Path(
@@ -37,7 +45,12 @@ def train(
     ] = False,
     steps: Annotated[int | None, typer.Option(help="Updates of the weights.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a batch.")] = None,
-    context: Annotated[int | None, typer.Option(help="Bytes in a window: how far the model can look back.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Bytes (or tokens) in a window: how far the model can look back.")
+    ] = None,
+    on_corrupt: Annotated[
+        str | None, typer.Option(help="Corrupt files: skip (named and counted) or stop at the first.")
+    ] = None,
     pattern: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,7 +76,7 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a Sparse Transformer on bytes.
+    """Train a Sparse Transformer on bytes, or on images, sound, music or tables.
 
     Everything has a default: `longstride train` alone trains a small model on Python's own source in a few minutes.
     Press Ctrl-C at any time: the run can go on later with --resume and ends as if nothing had happened.
@@ -76,7 +89,9 @@ def train(
     overrides = parse_assignments(assignments or [])
     flags: dict[str, Any] = {
         "data.path": None if data is None else str(data),
+        "data.kind": kind,
         "data.context": context,
+        "data.on_corrupt": on_corrupt,
         "model.patterns": tuple(pattern) if pattern else None,
         "optimizer.learning_rate": lr,
         "schedule.steps": steps,
@@ -90,7 +105,7 @@ def train(
     overrides.update({key: value for key, value in flags.items() if value is not None})
 
     folder = RunFolder(output)
-    chosen = _choose_recipe(folder, recipe, overrides, resume)
+    chosen = _choose_kind(_choose_recipe(folder, recipe, overrides, resume), guess=not resume)
     # Everything that can be wrong with the recipe shows before anything is written.
     model_config(chosen)
     check_precision(chosen.run.precision, resolve_device(chosen.run.device))
@@ -120,7 +135,7 @@ def _train_and_finish(recipe: "Recipe", data: "PreparedData", folder: "RunFolder
     config = model_config(recipe)
     _say(
         f"Model: {parameter_count(config).total:,} parameters, {config.num_hidden_layers} layers, context "
-        f"{config.max_position_embeddings:,} bytes, patterns {'; '.join(config.patterns)}."
+        f"{config.max_position_embeddings:,} {data.unit}s, patterns {'; '.join(config.patterns)}."
     )
     _say(
         f"Training: {recipe.schedule.steps:,} steps of {recipe.schedule.batch_size} windows on "
@@ -151,19 +166,50 @@ def _choose_recipe(folder: "RunFolder", file: Path | None, overrides: dict[str, 
     return chosen
 
 
+def _choose_kind(recipe: "Recipe", guess: bool) -> "Recipe":
+    """The recipe with its kind of data: named, guessed and said, or bytes."""
+    from longstride.data import guess_kind
+    from longstride.errors import ArgumentError
+
+    if recipe.data.path is None and recipe.data.kind not in (None, "bytes"):
+        raise ArgumentError(f"--kind {recipe.data.kind} without --data: name the file or folder to read")
+    if recipe.data.kind is not None or not guess:
+        return recipe
+    if recipe.data.path is None:
+        return recipe.override({"data.kind": "bytes"})
+    kind, why = guess_kind(Path(recipe.data.path))
+    if kind != "bytes":
+        _say(f"Taking {recipe.data.path} for {kind} {why}; --kind bytes reads it as bytes.")
+    return recipe.override({"data.kind": kind})
+
+
 def _prepare(folder: "RunFolder", recipe: "Recipe", resume: bool) -> "PreparedData":
-    from longstride.data import PreparedData, open_source, prepare, split_source
+    from longstride.data import PreparedData, prepare, split_source
 
     if resume:
         folder.write_recipe(recipe)
         if folder.data.exists():
             return PreparedData.open(folder.data)
-    source = open_source(None if recipe.data.path is None else Path(recipe.data.path))
     _check_not_inside(folder.path, recipe)
+    source = _open_source(recipe)
     split_source(source, shortest=recipe.data.context)
     if not resume:
         folder.start(recipe)
     return prepare(source, folder.data, recipe.data.context)
+
+
+def _open_source(recipe: "Recipe") -> "ByteSource | DecodedSource":
+    from longstride.data import decode_source, open_source
+    from longstride.training import kind_of
+
+    path = None if recipe.data.path is None else Path(recipe.data.path)
+    kind = kind_of(recipe)
+    if kind is None or path is None:
+        return open_source(path)
+    source = decode_source(path, kind, on_corrupt=recipe.data.on_corrupt)
+    for line in source.describe():
+        _say(line)
+    return source
 
 
 def _check_not_inside(output: Path, recipe: "Recipe") -> None:
@@ -181,6 +227,7 @@ def _finish(
     train_bytes_per_s: float | None,
 ) -> None:
     """Everything after the training; done again from the last checkpoint if it is interrupted."""
+    from longstride.cli.continuations import write_continuations
     from longstride.data import written_whole
     from longstride.models import layer_patterns
     from longstride.plotting import plot_loss, plot_schedule
@@ -195,16 +242,23 @@ def _finish(
         folder.patterns_picture,
         num_heads=recipe.model.num_attention_heads,
     )
-    _write_samples(recipe, folder, model)
+    if data.decoded_as is None:
+        _write_samples(recipe, folder, model)
+        samples = folder.samples
+    else:
+        samples = folder.sample_files
+        write_continuations(recipe, data, samples, model, _say)
     test = data.split("test")[: recipe.evaluation.max_bytes]
-    _say(f"Evaluating on {len(test):,} of the {data.bytes['test']:,} bytes of the test split.")
+    _say(f"Evaluating on {len(test):,} of the {data.tokens['test']:,} {data.unit}s of the test split.")
     evaluation = evaluate(
         model,
         test,
         context=recipe.data.context,
-        min_context=min(recipe.min_context, len(test) - 1),
+        min_context=min(recipe.min_context, len(test) - 1) if data.record == 1 else 1,
         batch_size=recipe.schedule.batch_size,
         progress=True,
+        record=data.record,
+        unit=data.unit,
     )
     write_evaluation(evaluation, folder.evaluation, step=step, split="test", train_bytes_per_s=train_bytes_per_s)
     _say(str(evaluation))
@@ -215,12 +269,13 @@ def _finish(
         ("metrics", folder.metrics),
         ("loss curve", folder.loss_picture),
         ("patterns", folder.patterns_picture),
-        ("samples", folder.samples),
+        ("samples", samples),
         ("evaluation", folder.evaluation),
         *([("TensorBoard", folder.tensorboard)] if recipe.run.tensorboard else []),
     ):
         _say(f"{what:<12}{_shown(path)}")
-    _say(f"\nTo write more: longstride sample {_shown(folder.path)} --prompt 'def '")
+    if data.decoded_as is None:
+        _say(f"\nTo write more: longstride sample {_shown(folder.path)} --prompt 'def '")
 
 
 def _write_samples(recipe: "Recipe", folder: "RunFolder", model: "SparseTransformerForCausalLM") -> None:

@@ -1,27 +1,18 @@
-"""Where the bytes come from, and which of them are for training, validation and test.
+"""Where the bytes come from. Any file or folder is data: a token is a byte."""
 
-Any file or folder is data: a token is a byte. The split never depends on chance or on the order of a directory
-listing, so the same data are split in the same way on every machine and on every day.
-"""
-
-import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import ClassVar
 
 import numpy as np
 
+from longstride.data.splits import Slice
 from longstride.errors import DataError
 
-SPLITS = ("train", "validation", "test")
-
-# The end of each split on the unit interval: 90 %, 5 %, 5 %.
-SPLIT_ENDS = (0.90, 0.95, 1.0)
-
-# With fewer files than this, one large file would decide what is in the validation and the test split.
-FEWEST_FILES_TO_SPLIT = 20
+CHUNK_BYTES = 1 << 20
 
 # Python's own tests and what was installed beside it are not the standard library's source.
 FOLDERS_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -41,6 +32,9 @@ class ByteSource:
     root: Path
     files: tuple[Path, ...]
 
+    unit: ClassVar[str] = "bytes"
+    record: ClassVar[int] = 1
+
     def lengths(self) -> list[int]:
         """The bytes of every file."""
         return [(self.root / file).stat().st_size for file in self.files]
@@ -56,6 +50,31 @@ class ByteSource:
                 left -= len(part)
         return np.concatenate(parts)
 
+    def named_split(self, file: PurePath) -> str | None:  # noqa: ARG002 (a Source has it)
+        """None: to bytes, a file's name says nothing."""
+        return None
+
+    def chunks(self, piece: Slice) -> Iterator[bytes]:
+        """The bytes of a piece; fewer, if the file shrinks meanwhile, as a log may.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        try:
+            data = (self.root / piece.file).open("rb")
+        except OSError as error:
+            raise DataError(f"cannot read {self.root / piece.file}: {error.strerror}") from error
+        with data:
+            data.seek(piece.start)
+            left = piece.stop - piece.start
+            while left and (chunk := data.read(min(left, CHUNK_BYTES))):
+                yield chunk
+                left -= len(chunk)
+
+    def records(self, piece: Slice) -> None:  # noqa: ARG002 (a Source has it)
+        """None: bytes are joined without a trace of where files begin; ``--kind documents`` keeps that."""
+        return None
+
 
 def standard_library() -> ByteSource:
     """The source of Python's own standard library on this machine: ``*.py`` without tests and installed packages.
@@ -66,7 +85,7 @@ def standard_library() -> ByteSource:
     root = Path(sysconfig.get_path("stdlib"))
     files = tuple(
         file
-        for file in sorted(_walk(root, FOLDERS_LEFT_OUT))
+        for file in sorted(walk(root, FOLDERS_LEFT_OUT))
         # The record of how this Python was built is not source, and differs from machine to machine.
         if file.suffix == ".py" and not file.name.startswith("_sysconfigdata")
     )
@@ -90,7 +109,7 @@ def open_source(path: Path | None) -> ByteSource:
             f"there is no file or folder {path}: check --data (or leave it out, to train on Python's source)"
         )
     if path.is_dir():
-        source = ByteSource(str(path), path, tuple(sorted(_walk(path, frozenset()))))
+        source = ByteSource(str(path), path, tuple(sorted(walk(path))))
         if not source.files:
             raise DataError(f"the folder {path} holds no files: put data there, or point --data elsewhere")
     else:
@@ -100,73 +119,11 @@ def open_source(path: Path | None) -> ByteSource:
     return source
 
 
-def _walk(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
+def walk(root: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The regular files below ``root``, relative to it, in no order; neither hidden ones nor those in ``left_out``."""
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
         for name in names:
             file = Path(folder, name)
             if not name.startswith(".") and file.is_file():
                 yield file.relative_to(root)
-
-
-def assign_split(file: PurePath) -> str:
-    """The split of a whole file, from a hash of its relative path alone: it stays when other files come and go."""
-    digest = hashlib.sha256(file.as_posix().encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    return next(split for split, end in zip(SPLITS, SPLIT_ENDS, strict=True) if position < end)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Bytes ``start`` to ``stop`` of one file."""
-
-    file: Path
-    start: int
-    stop: int
-
-
-def split_source(source: ByteSource, shortest: int) -> tuple[str, dict[str, list[Slice]]]:
-    """Which bytes belong to which split.
-
-    A folder of many files is split by file. A single file, a folder of few files, or one where splitting by file
-    would leave a split shorter than a context, is split at 90 % and 95 % of its bytes.
-
-    Args:
-        shortest: bytes that every split must have, which is the context of the model.
-
-    Returns:
-        ``"by file"`` or ``"contiguously"``, and the slices of every split in reading order.
-
-    Raises:
-        DataError: the data are too short for that.
-    """
-    lengths = source.lengths()
-    if len(source.files) >= FEWEST_FILES_TO_SPLIT:
-        by_file: dict[str, list[Slice]] = {split: [] for split in SPLITS}
-        for file, length in zip(source.files, lengths, strict=True):
-            by_file[assign_split(file)].append(Slice(file, 0, length))
-        if all(sum(piece.stop for piece in by_file[split]) >= shortest for split in SPLITS):
-            return "by file", by_file
-    contiguous = _split_contiguously(source, lengths)
-    for split in SPLITS:
-        length = sum(piece.stop - piece.start for piece in contiguous[split])
-        if length < shortest:
-            raise DataError(
-                f"{source.name} holds {sum(lengths):,} bytes, of which the {split} split gets {length:,}: fewer than "
-                f"the context of {shortest:,}; give more data, or a --context of at most {length:,}"
-            )
-    return "contiguously", contiguous
-
-
-def _split_contiguously(source: ByteSource, lengths: list[int]) -> dict[str, list[Slice]]:
-    total = sum(lengths)
-    bounds = [0] + [int(total * end) for end in SPLIT_ENDS]
-    splits: dict[str, list[Slice]] = {split: [] for split in SPLITS}
-    position = 0
-    for file, length in zip(source.files, lengths, strict=True):
-        for split, low, high in zip(SPLITS, bounds[:-1], bounds[1:], strict=True):
-            start, stop = max(low - position, 0), min(high - position, length)
-            if start < stop:
-                splits[split].append(Slice(file, start, stop))
-        position += length
-    return splits

@@ -12,33 +12,34 @@ from longstride.errors import ArgumentError
 
 
 class RandomWindows(Dataset[dict[str, torch.Tensor]]):
-    """``count`` windows of ``length`` bytes, each starting at a position drawn uniformly by a hash of (seed, index).
+    """``count`` windows of ``length`` tokens, each starting at a position drawn uniformly by a hash of (seed, index).
 
     Args:
-        split: uint8[bytes], usually a memory map.
-        length: bytes in a window.
+        split: uint8 or uint16[tokens], usually a memory map.
+        length: tokens in a window.
         count: windows in the data set: steps times batch size.
         seed: another seed gives other windows.
+        record: windows start at multiples of so many tokens, such as those of one image.
 
     Each item is ``{"input_ids": int64[length], "labels": int64[length]}``; the model shifts the labels itself.
     """
 
-    def __init__(self, split: np.ndarray, length: int, count: int, seed: int) -> None:
-        if len(split) < length:
-            raise ArgumentError(f"a window of {length:,} bytes does not fit into {len(split):,} bytes")
+    def __init__(self, split: np.ndarray, length: int, count: int, seed: int, record: int = 1) -> None:
+        _check_fits(split, length)
         self.split = split
         self.length = length
         self.count = count
         self.seed = seed
+        self.record = record
 
     def __len__(self) -> int:
         return self.count
 
     def start(self, index: int) -> int:
-        """The first byte of window ``index``."""
+        """The first token of window ``index``."""
         # Philox is a hash of (key, counter), and NumPy guarantees its raw stream from version to version.
         draw = int(np.random.Philox(key=self.seed, counter=index).random_raw())
-        return draw % (len(self.split) - self.length + 1)
+        return draw % ((len(self.split) - self.length) // self.record + 1) * self.record
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.count:
@@ -48,17 +49,19 @@ class RandomWindows(Dataset[dict[str, torch.Tensor]]):
 
 
 class EvenWindows(Dataset[dict[str, torch.Tensor]]):
-    """At most ``count`` windows of ``length`` bytes, spread evenly over a split: the same ones at every evaluation.
+    """At most ``count`` windows of ``length`` tokens, spread evenly over a split: the same ones at every evaluation.
 
-    A split with room for fewer than ``count`` windows side by side gives those.
+    They start at multiples of ``record`` tokens, such as those of one image. A split with room for fewer than ``count``
+    windows side by side gives those.
     """
 
-    def __init__(self, split: np.ndarray, length: int, count: int) -> None:
-        if len(split) < length:
-            raise ArgumentError(f"a window of {length:,} bytes does not fit into {len(split):,} bytes")
+    def __init__(self, split: np.ndarray, length: int, count: int, record: int = 1) -> None:
+        _check_fits(split, length)
         self.split = split
         self.length = length
-        self.count = min(count, len(split) // length)
+        self.record = record
+        # A window that is no multiple of a record reaches into one more.
+        self.count = min(count, len(split) // (-(-length // record) * record))
 
     def __len__(self) -> int:
         return self.count
@@ -66,8 +69,13 @@ class EvenWindows(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        start = index * (len(self.split) - self.length) // max(self.count - 1, 1)
+        start = index * ((len(self.split) - self.length) // self.record) // max(self.count - 1, 1) * self.record
         return _item(self.split[start : start + self.length])
+
+
+def _check_fits(split: np.ndarray, length: int) -> None:
+    if len(split) < length:
+        raise ArgumentError(f"a window of {length:,} tokens does not fit into {len(split):,} tokens")
 
 
 def _item(window: np.ndarray) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from longstride.training.checkpoints import latest_sound
 from longstride.training.curve import read_curve
 from longstride.training.evaluation import Evaluation, evaluate
 from longstride.training.folder import RunFolder
+from longstride.training.kinds import kind_of
 from longstride.training.recipe import Recipe, parse_assignments, read_recipe
 from longstride.training.run import TrainingResult, check_precision, model_config, resolve_device, train
 
@@ -14,6 +15,7 @@ __all__ = [
     "TrainingResult",
     "check_precision",
     "evaluate",
+    "kind_of",
     "latest_sound",
     "model_config",
     "parse_assignments",

@@ -1,7 +1,9 @@
 """Bits per byte with a stated minimum context, beside what simple compressors need for the same bytes.
 
 A byte counts once, in a window where at least ``min_context`` bytes stand before it. Windows overlap accordingly: a
-larger minimum is a stricter, slower and usually better figure (Child et al. 2019, table 3).
+larger minimum is a stricter, slower and usually better figure (Child et al. 2019, table 3). Other kinds of data are
+measured alike, in bits per token (of an image: per dim). Where windows must begin at a record, as with images, they
+stand side by side instead, as in training, and all tokens of each count but the first, which nothing stands before.
 """
 
 import lzma
@@ -24,12 +26,13 @@ class Evaluation:
     """What was measured.
 
     Args:
-        bits_per_byte: mean of -log2 p(byte) over the counted bytes.
-        counted_bytes: how many bytes that are.
+        bits_per_byte: mean of -log2 p(byte) over the counted bytes; of other data, tokens.
+        counted_bytes: how many bytes that are; of other data, tokens.
         min_context, max_context: the fewest and the most bytes that any prediction looked back over.
         order0_bits_per_byte: entropy of the counted bytes' own frequencies.
         xz_bits_per_byte: 8 * size after ``xz -9e`` / size.
         elapsed_s: seconds that the model took.
+        unit: what a token is called.
     """
 
     bits_per_byte: float
@@ -39,14 +42,17 @@ class Evaluation:
     order0_bits_per_byte: float
     xz_bits_per_byte: float
     elapsed_s: float
+    unit: str = "byte"
 
     def __str__(self) -> str:
+        # Of one token, and of several.
+        one, many = self.unit, f"{self.unit}s"
         return "\n".join(
             (
-                f"{self.bits_per_byte:.4f} bits per byte over {self.counted_bytes:,} bytes, each predicted from "
-                f"{self.min_context:,} to {self.max_context:,} earlier bytes",
-                f"{self.order0_bits_per_byte:.4f} for the same bytes by their frequencies alone (order-0 entropy)",
-                f"{self.xz_bits_per_byte:.4f} for the same bytes by xz -9e",
+                f"{self.bits_per_byte:.4f} bits per {one} over {self.counted_bytes:,} {many}, each predicted from "
+                f"{self.min_context:,} to {self.max_context:,} earlier {many}",
+                f"{self.order0_bits_per_byte:.4f} for the same {many} by their frequencies alone (order-0 entropy)",
+                f"{self.xz_bits_per_byte:.4f} for the same {many} by xz -9e",
             )
         )
 
@@ -58,6 +64,12 @@ class Span:
     start: int
     length: int
     first: int
+
+
+def record_spans(total: int, context: int, record: int) -> Iterator[Span]:
+    """Windows of ``context`` tokens side by side, each at a multiple of ``record``; all but its first are predicted."""
+    for start in range(0, total - context + 1, -(-context // record) * record):
+        yield Span(start, context - 1, first=0)
 
 
 def spans(total: int, context: int, min_context: int) -> Iterator[Span]:
@@ -88,16 +100,20 @@ def evaluate(
     min_context: int,
     batch_size: int = 8,
     progress: bool = False,
+    record: int = 1,
+    unit: str = "byte",
 ) -> Evaluation:
     """Measure a model on a text.
 
     Args:
-        model: maps int64[batch, length] to ``.logits`` float[batch, length, 256].
-        data: uint8[bytes].
+        model: maps int64[batch, length] to ``.logits`` float[batch, length, vocabulary].
+        data: uint8[bytes], or the tokens of another kind.
         context: the model's longest input, in bytes.
-        min_context: 1 to ``context``, in bytes.
+        min_context: 1 to ``context``, in bytes; 1 with records.
         batch_size: windows that go through the model at once.
         progress: show a bar on a terminal.
+        record: above 1, windows begin at multiples of so many tokens and stand side by side.
+        unit: what a token is called.
 
     Raises:
         ArgumentError: a minimum that the model cannot have.
@@ -110,11 +126,18 @@ def evaluate(
             f"{len(data):,} bytes are too few to evaluate: no byte has {min_context:,} others before it; give more "
             "data or a smaller --min-context"
         )
+    if record > 1 and min_context != 1:
+        raise ArgumentError(
+            f"--min-context {min_context}: windows that begin at records of {record:,} tokens stand side by side, so "
+            "that it must be 1"
+        )
+    if record > 1 and len(data) < context:
+        raise DataError(f"{len(data):,} tokens are too few to evaluate: a window has {context:,}; give more data")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     began = time.monotonic()
-    windows = list(spans(len(data), context, min_context))
+    windows = list(spans(len(data), context, min_context) if record == 1 else record_spans(len(data), context, record))
     nats, counted = 0.0, 0
     batches = range(0, len(windows), batch_size)
     for first in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None if progress else True):
@@ -130,16 +153,18 @@ def evaluate(
         counted += int(counts.sum())
     model.train(was_training)
     elapsed_s = time.monotonic() - began
-    counted_data = np.asarray(data[min_context:])
-    assert counted == len(counted_data)
+    # The compressors get the first token of each record, too.
+    counted_data = np.asarray(data[min_context:] if record == 1 else data[: windows[-1].start + context])
+    assert counted == (len(counted_data) if record == 1 else len(windows) * (context - 1))
     return Evaluation(
         bits_per_byte=nats / counted / math.log(2),
         counted_bytes=counted,
         min_context=min_context,
-        max_context=min(context, len(data) - 1),
+        max_context=min(context, len(data) - 1) if record == 1 else context - 1,
         order0_bits_per_byte=order0_entropy(counted_data),
         xz_bits_per_byte=xz_bits_per_byte(counted_data),
         elapsed_s=elapsed_s,
+        unit=unit,
     )
 
 

@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "samples.txt"
 
     @property
+    def sample_files(self) -> Path:
+        """Where samples lie that are no text: pictures, sound, music."""
+        return self.path / "samples"
+
+    @property
     def loss_picture(self) -> Path:
         return self.path / "loss.png"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from longstride.data import KINDS, ON_CORRUPT
 from longstride.errors import PatternError, RecipeError
 from longstride.patterns import parse
 
@@ -24,12 +25,16 @@ class DataRecipe:
     """What is learnt.
 
     Args:
-        path: a file or folder, read as bytes; None for the source of Python's standard library on this machine.
-        context: bytes in a training window, and the most that the model can look back over.
+        path: a file or folder; None for the source of Python's standard library on this machine.
+        kind: how it is read, one of `longstride.data.KINDS`; None to guess from the names of its files.
+        context: tokens (of bytes: bytes) in a training window, and the most that the model can look back over.
+        on_corrupt: ``skip`` to leave corrupt files out and count them, ``stop`` to stop at the first.
     """
 
     path: str | None = None
+    kind: str | None = None
     context: int = 512
+    on_corrupt: str = "skip"
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ class SampleRecipe:
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+CHOICES = {"run.precision": PRECISIONS, "run.device": DEVICES, "data.on_corrupt": ON_CORRUPT}
 
 # What may differ when a run goes on: none of these changes the curve up to where the run stands.
 CHANGEABLE = ("schedule.steps", "run.device", "run.keep_checkpoints", "run.time_limit_s", "run.tensorboard")
@@ -199,9 +205,11 @@ class Recipe:
                 raise RecipeError(f"{key} is {self.value(key)}: it must be above 0")
         if self.sample.top_p is not None and not 0 < self.sample.top_p <= 1:
             raise RecipeError(f"sample.top_p is {self.sample.top_p}: it must be above 0 and at most 1")
-        for key, allowed in (("run.precision", PRECISIONS), ("run.device", DEVICES)):
+        for key, allowed in CHOICES.items():
             if self.value(key) not in allowed:
                 raise RecipeError(f"{key} is {self.value(key)!r}: it must be one of {', '.join(allowed)}")
+        if self.data.kind is not None and self.data.kind not in KINDS:
+            raise RecipeError(f"data.kind is {self.data.kind!r}: it must be one of {', '.join(KINDS)}, or null")
         if self.data.context < 2:
             raise RecipeError("data.context is 1: a byte needs at least one byte before it, so it must be at least 2")
         if self.min_context > self.data.context:

@@ -17,6 +17,7 @@ from longstride.models import SparseTransformerConfig, SparseTransformerForCausa
 from longstride.training.checkpoints import latest_sound
 from longstride.training.curve import Curve
 from longstride.training.folder import RunFolder
+from longstride.training.kinds import position_axes, vocab_size
 from longstride.training.recipe import Recipe
 from longstride.training.trainer import ByteTrainer, Observer, stop_on_ctrl_c
 
@@ -66,10 +67,12 @@ def model_config(recipe: Recipe) -> SparseTransformerConfig:
 
     Raises:
         ArgumentError: values that do not fit together, such as heads that do not divide the width.
+        RecipeError: values that do not fit the kind of the data.
     """
     model = recipe.model
     return SparseTransformerConfig(
-        vocab_size=256,
+        vocab_size=vocab_size(recipe),
+        position_axes=position_axes(recipe),
         max_position_embeddings=recipe.data.context,
         patterns=list(model.patterns),
         hidden_size=model.hidden_size,
@@ -117,7 +120,7 @@ def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[
     context = recipe.data.context
     curve = Curve(folder.metrics, start)
     began = time.monotonic()
-    with stop_on_ctrl_c() as interruption, _Progress(start, schedule.steps, say) as progress:
+    with stop_on_ctrl_c() as interruption, _Progress(start, schedule.steps, data.unit, say) as progress:
         observer = Observer(curve, interruption, progress.show, recipe.run.time_limit_s)
         trainer = ByteTrainer(
             curve=curve,
@@ -125,8 +128,8 @@ def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[
             keep_checkpoints=recipe.run.keep_checkpoints,
             model=model,
             args=_training_arguments(recipe, folder, device),
-            train_dataset=RandomWindows(data.split("train"), context, windows, recipe.run.seed),
-            eval_dataset=EvenWindows(data.split("validation"), context, recipe.run.validation_windows),
+            train_dataset=RandomWindows(data.split("train"), context, windows, recipe.run.seed, data.record),
+            eval_dataset=EvenWindows(data.split("validation"), context, recipe.run.validation_windows, data.record),
             callbacks=[observer],
         )
         observer.trainer = trainer
@@ -186,10 +189,10 @@ def _shown(path: Any) -> str:
 
 
 class _Progress:
-    """A bar with bits per byte on a terminal, and a line at each report elsewhere, such as in a log file."""
+    """A bar with bits per token on a terminal, and a line at each report elsewhere, such as in a log file."""
 
-    def __init__(self, start: int, steps: int, say: Callable[[str], None]) -> None:
-        self.start, self.steps, self.say = start, steps, say
+    def __init__(self, start: int, steps: int, unit: str, say: Callable[[str], None]) -> None:
+        self.start, self.steps, self.unit, self.say = start, steps, unit, say
         self.began = time.monotonic()
         self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not self.on_terminal)
@@ -205,11 +208,11 @@ class _Progress:
         if self.on_terminal:
             self.bar.update(step - self.bar.n)
             if train_bits is not None:
-                self.bar.set_postfix_str(f"{train_bits:.3f} bits per byte")
+                self.bar.set_postfix_str(f"{train_bits:.3f} bits per {self.unit}")
             if validation_bits is not None:
-                self.bar.write(f"step {step:,}: validation {validation_bits:.3f} bits per byte", file=sys.stderr)
+                self.bar.write(f"step {step:,}: validation {validation_bits:.3f} bits per {self.unit}", file=sys.stderr)
         elif train_bits is not None:
             elapsed_s = time.monotonic() - self.began
-            self.say(f"step {step:,} of {self.steps:,}: {train_bits:.3f} bits per byte, {elapsed_s:.0f} s")
+            self.say(f"step {step:,} of {self.steps:,}: {train_bits:.3f} bits per {self.unit}, {elapsed_s:.0f} s")
         elif validation_bits is not None:
-            self.say(f"step {step:,} of {self.steps:,}: validation {validation_bits:.3f} bits per byte")
+            self.say(f"step {step:,} of {self.steps:,}: validation {validation_bits:.3f} bits per {self.unit}")

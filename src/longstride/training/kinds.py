@@ -1,0 +1,37 @@
+"""The kind of data that a recipe names, and what follows from it for the model: vocabulary and position axes."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from longstride.data import make_kind
+from longstride.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from longstride.data import Kind
+    from longstride.training.recipe import Recipe
+
+
+def kind_of(recipe: "Recipe") -> "Kind | None":
+    """What decodes the recipe's data; None for bytes, which are read as they lie, and for a kind not yet chosen.
+
+    Raises:
+        RecipeError: an unknown kind, or a value that it cannot work with.
+    """
+    if recipe.data.kind in (None, "bytes"):
+        return None
+    try:
+        return make_kind(recipe.data.kind, recipe.data.context, dataclasses.asdict(recipe.data))
+    except DataError as error:
+        raise RecipeError(str(error)) from error
+
+
+def vocab_size(recipe: "Recipe") -> int:
+    """The tokens that the model of a recipe knows; 256 for bytes."""
+    kind = kind_of(recipe)
+    return 256 if kind is None else kind.vocab_size
+
+
+def position_axes(recipe: "Recipe") -> list[int] | None:
+    """The model's position axes where the data have axes of their own; None to take them from the pattern."""
+    kind = kind_of(recipe)
+    return None if kind is None else kind.axes(recipe.data.context)

@@ -1,0 +1,158 @@
+"""Kinds of data from `longstride train` to samples: what is taken, said, written, and measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from longstride.cli import app
+from longstride.errors import ArgumentError, DataError, RecipeError
+from longstride.models import SparseTransformerForCausalLM
+from longstride.training import Recipe, evaluate, kind_of, model_config
+from longstride.training.evaluation import record_spans
+
+TINY = (
+    "--pattern", "Local(8)", "--device", "cpu", "--steps", "2", "--batch-size", "2", "--output", "run",
+    "--set", "model.hidden_size=16", "--set", "model.num_hidden_layers=1", "--set", "model.num_attention_heads=2",
+    "--set", "sample.length_bytes=6", "--set", "schedule.warmup_steps=1",
+)  # fmt: skip
+
+
+def train(*arguments: str):
+    return CliRunner().invoke(app, ["train", *arguments])
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def pictures(here):
+    """40 images of 4 x 4 in a folder called pictures, the last of them of another size."""
+    (here / "pictures").mkdir()
+    for number in range(40):
+        image = np.random.default_rng(number).integers(0, 256, (4 if number < 39 else 6, 4, 3), dtype=np.uint8)
+        Image.fromarray(image).save(here / "pictures" / f"{number:02}.png")
+    return here / "pictures"
+
+
+def test_images_are_guessed_trained_on_sampled_and_measured_whole(here, pictures):
+    (pictures / "zz.png").write_bytes(b"damaged")
+    result = train("--data", "pictures", "--context", "48", *TINY)
+    assert result.exit_code == 0, result.output
+    for line in (
+        "Taking pictures for images by the names of its files, such as 00.png; --kind bytes reads it as bytes.",
+        "1 images were of another size, and were cropped to their centred square and scaled.",
+        "Skipped zz.png: not a sound PNG or JPEG",
+        "1 of 41 files were corrupt and are left out.",
+        "context 48 dims",
+        "bits per dim over",
+    ):
+        assert line in result.output
+    model = SparseTransformerForCausalLM.from_pretrained(here / "run" / "model")
+    assert (model.config.vocab_size, model.config.position_axes) == (256, [4, 4, 3])
+    test = np.fromfile(here / "run" / "data" / "test.bin", np.uint8)
+    with Image.open(here / "run" / "samples" / "sample-1.png") as image:
+        tokens = np.asarray(image).reshape(-1)
+    assert tokens[:42].tolist() == test[:42].tolist(), "all but the last 6 are the first test image's"
+    figures = json.loads((here / "run" / "evaluation.json").read_text())
+    assert figures["unit"] == "dim"
+    assert figures["counted_bytes"] == len(test) // 48 * 47
+    again = CliRunner().invoke(app, ["evaluate", "run", "--json", "--device", "cpu"])
+    assert json.loads(again.output)["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-5)
+    other = CliRunner().invoke(app, ["evaluate", "run", "--data", "pictures/00.png", "--device", "cpu"])
+    assert "over 47 dims" in other.output, other.output
+
+
+@pytest.mark.usefixtures("pictures")
+def test_resuming_takes_the_recipe_s_kind():
+    assert train("--data", "pictures", "--context", "48", *TINY).exit_code == 0
+    resumed = train("--output", "run", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "Taking" not in resumed.output
+
+
+@pytest.mark.usefixtures("pictures")
+def test_bytes_are_taken_if_asked_for():
+    result = train("--data", "pictures", "--kind", "bytes", "--context", "16", *TINY)
+    assert result.exit_code == 0, result.output
+    assert "Taking" not in result.output
+    assert "context 16 bytes" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--data", "pictures", "--context", "50"), ("--context 50 with --kind images", "--context 3072 (32 x 32)")),
+        (("--data", "pictures", "--kind", "photos"), ("data.kind is 'photos'", "bytes, images")),
+        (("--data", "pictures", "--context", "48", "--on-corrupt", "ignore"), ("data.on_corrupt", "skip, stop")),
+        (
+            ("--data", "pictures", "--context", "48", "--on-corrupt", "stop"),
+            ("zz.png: not", "--on-corrupt skip"),
+        ),
+        (("--kind", "images", "--context", "48"), ("--kind images without --data",)),
+    ],
+)
+def test_refusals(here, pictures, arguments, words):
+    (pictures / "zz.png").write_bytes(b"damaged")
+    result = train(*arguments, *TINY)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    for word in words:
+        assert word in line
+    assert not (here / "run").exists()
+
+
+def test_help_names_the_kinds():
+    result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"})
+    for word in ("--kind", "bytes, images", "--on-corrupt"):
+        assert word in result.output
+
+
+def test_recipe_with_bytes_or_no_kind_is_as_before():
+    for kind in (None, "bytes"):
+        recipe = Recipe().override({"data.kind": kind})
+        assert kind_of(recipe) is None
+        assert model_config(recipe).vocab_size == 256
+    with pytest.raises(RecipeError, match="--context 512 with --kind images"):
+        kind_of(Recipe().override({"data.kind": "images"}))
+
+
+class Previous(torch.nn.Module):
+    """Sure that the next token is this one plus one; notes where the windows begin."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.first = []
+
+    def forward(self, input_ids):
+        self.first += input_ids[:, 0].tolist()
+        return _Output(100.0 * torch.nn.functional.one_hot((input_ids + 1) % 256, 256))
+
+
+class _Output:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+def test_windows_of_records_stand_side_by_side_in_an_evaluation():
+    data = np.concatenate([np.arange(start, start + 12) for start in (100, 50, 200)]).astype(np.uint8)
+    model = Previous()
+    result = evaluate(model, data, context=12, min_context=1, record=12, unit="dim")
+    assert model.first == [100, 50, 200]
+    assert result.counted_bytes == 33
+    # Right at every token of every image, and never asked for the first of the next one.
+    assert result.bits_per_byte < 1e-6
+    assert str(result).startswith("0.0000 bits per dim over 33 dims, each predicted from 1 to 11 earlier dims")
+    assert [span.start for span in record_spans(100, 30, 12)] == [0, 36]
+    with pytest.raises(ArgumentError, match=r"--min-context 5: .*it must be 1"):
+        evaluate(model, data, context=12, min_context=5, record=12)
+    with pytest.raises(DataError, match="11 tokens are too few"):
+        evaluate(model, data[:11], context=12, min_context=1, record=12)
