@@ -43,6 +43,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run in --output, from its last checkpoint.")
     ] = False,
+    sample_rate: Annotated[int | None, typer.Option(help="Of audio: samples a second, after resampling.")] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of the weights.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a batch.")] = None,
     context: Annotated[
@@ -92,6 +93,7 @@ def train(
         "data.kind": kind,
         "data.context": context,
         "data.on_corrupt": on_corrupt,
+        "data.sample_rate_hz": sample_rate,
         "model.patterns": tuple(pattern) if pattern else None,
         "optimizer.learning_rate": lr,
         "schedule.steps": steps,

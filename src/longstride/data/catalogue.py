@@ -12,6 +12,7 @@ from longstride.errors import DataError
 # Each is imported when it is asked for, so that plain bytes need none of the libraries that the others read with.
 MODULES = {
     "images": ("longstride.data.images", "Images"),
+    "audio": ("longstride.data.audio", "Audio"),
 }
 
 # What --kind takes. Bytes are read as they lie and need no decoding; the others are `Kind`s.

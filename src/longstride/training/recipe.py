@@ -29,12 +29,14 @@ class DataRecipe:
         kind: how it is read, one of `longstride.data.KINDS`; None to guess from the names of its files.
         context: tokens (of bytes: bytes) in a training window, and the most that the model can look back over.
         on_corrupt: ``skip`` to leave corrupt files out and count them, ``stop`` to stop at the first.
+        sample_rate_hz: of audio: the rate that recordings are resampled to.
     """
 
     path: str | None = None
     kind: str | None = None
     context: int = 512
     on_corrupt: str = "skip"
+    sample_rate_hz: int = 16_000
 
 
 @dataclass(frozen=True)
