@@ -213,6 +213,12 @@ def test_guess_is_images_only_where_every_file_is_one(folder, tmp_path):
     assert guess_kind(tmp_path / "nowhere")[0] == "bytes"
 
 
+def test_too_few_images_are_refused_without_naming_a_context_that_would_cut_them(tmp_path):
+    source = decode_source(picture(tmp_path / "a.png", 1), Images(2))
+    with pytest.raises(DataError, match=r"12 dims, of which the train split gets 0: .*of 12; give more data$"):
+        split_source(source, shortest=12)
+
+
 def test_splits_json_says_the_kind(folder, tmp_path):
     prepare(decode_source(folder, Images(2)), tmp_path / "run", context=12)
     written = json.loads((tmp_path / "run" / "splits.json").read_text())

@@ -109,9 +109,51 @@ def test_refusals(here, pictures, arguments, words):
     assert not (here / "run").exists()
 
 
+def finished(here, *arguments: str) -> tuple[SparseTransformerForCausalLM, dict, str]:
+    """(model, evaluation, output) of a training that must succeed."""
+    result = train(*arguments, *TINY)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((here / "run" / "evaluation.json").read_text())
+    assert np.isfinite(figures["bits_per_byte"])
+    return SparseTransformerForCausalLM.from_pretrained(here / "run" / "model"), figures, result.output
+
+
+def test_recordings_are_guessed_trained_on_and_written(here):
+    soundfile = pytest.importorskip("soundfile")
+    (here / "sound").mkdir()
+    for name in ("a.wav", "b.flac"):
+        soundfile.write(here / "sound" / name, np.sin(np.arange(4000) / 20) / 2, 16000)
+    model, figures, output = finished(here, "--data", "sound", "--context", "64", "--sample-rate", "8000")
+    assert "Taking sound for audio by the names of its files, such as a.wav" in output
+    assert "train 3,600 samples (2 files)" in output
+    assert model.config.vocab_size == 256
+    assert figures["unit"] == "sample"
+    written, rate_hz = soundfile.read(here / "run" / "samples" / "sample-2.wav")
+    assert (len(written), rate_hz) == (64, 8000)
+
+
+@pytest.mark.parametrize("kind", ["midi", "piano-roll"])
+def test_music_is_trained_on_and_written(here, kind):
+    symusic = pytest.importorskip("symusic")
+    from longstride.data.notes import Notes, write_notes
+
+    (here / "music").mkdir()
+    for number in range(3):
+        onset = np.arange(200) / 4
+        notes = Notes(onset, onset + 0.3, 40 + (np.arange(200) * 7 + number) % 40, np.full(200, 80))
+        write_notes(notes, here / "music" / f"{number}.mid")
+    named = () if kind == "midi" else ("--kind", kind)
+    model, figures, output = finished(here, "--data", "music", "--context", "88", *named)
+    assert ("Taking music for midi" in output) == (kind == "midi")
+    expected = {"midi": (388, "event"), "piano-roll": (3, "cell")}[kind]
+    assert (model.config.vocab_size, figures["unit"]) == expected
+    assert (model.config.position_axes == [1, 88]) == (kind == "piano-roll")
+    assert symusic.Score(here / "run" / "samples" / "sample-1.mid").ticks_per_quarter == 500
+
+
 def test_help_names_the_kinds():
     result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"})
-    for word in ("--kind", "bytes, images", "--on-corrupt"):
+    for word in ("--kind", "bytes, images, audio, midi", "--sample-rate", "--on-corrupt"):
         assert word in result.output
 
 

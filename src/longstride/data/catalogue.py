@@ -13,6 +13,8 @@ from longstride.errors import DataError
 MODULES = {
     "images": ("longstride.data.images", "Images"),
     "audio": ("longstride.data.audio", "Audio"),
+    "midi": ("longstride.data.midi", "Midi"),
+    "piano-roll": ("longstride.data.piano_roll", "PianoRoll"),
 }
 
 # What --kind takes. Bytes are read as they lie and need no decoding; the others are `Kind`s.

@@ -149,7 +149,9 @@ def _check_lengths(source: Source, splits: dict[str, list[Slice]], shortest: int
         length = _length(splits[split])
         if length < shortest:
             total = sum(source.lengths())
+            possible = length // source.record * source.record
+            shorter = f", or a --context of at most {possible:,}" if possible > 1 else ""
             raise DataError(
                 f"{source.name} holds {total:,} {source.unit}, of which the {split} split gets {length:,}: fewer than "
-                f"the context of {shortest:,}; give more data, or a --context of at most {length:,}"
+                f"the context of {shortest:,}; give more data{shorter}"
             )

@@ -30,6 +30,7 @@ class DataRecipe:
         context: tokens (of bytes: bytes) in a training window, and the most that the model can look back over.
         on_corrupt: ``skip`` to leave corrupt files out and count them, ``stop`` to stop at the first.
         sample_rate_hz: of audio: the rate that recordings are resampled to.
+        step_ms: of piano rolls: how long a step lasts.
     """
 
     path: str | None = None
@@ -37,6 +38,7 @@ class DataRecipe:
     context: int = 512
     on_corrupt: str = "skip"
     sample_rate_hz: int = 16_000
+    step_ms: int = 100
 
 
 @dataclass(frozen=True)
