@@ -151,10 +151,35 @@ def test_music_is_trained_on_and_written(here, kind):
     assert symusic.Score(here / "run" / "samples" / "sample-1.mid").ticks_per_quarter == 500
 
 
+def test_table_is_trained_on_with_its_own_vocabulary_and_written(here):
+    rows = "".join(f"{number},{number % 7},{number * 0.1}\n" for number in range(1000))
+    (here / "table.csv").write_text("time,day,level\n" + rows)
+    arguments = ("--data", "table.csv", "--kind", "csv", "--context", "30", "--set", "data.bins=300")
+    model, figures, _ = finished(here, *arguments)
+    assert (model.config.vocab_size, figures["unit"]) == (301, "value")
+    written = (here / "run" / "samples" / "sample-1.csv").read_text().splitlines()
+    assert written[0] == "time,day,level"
+    assert len(written) == 11
+    # The first row of the test split, to within its bins.
+    assert float(written[1].split(",")[0]) == pytest.approx(950, abs=3)
+    again = CliRunner().invoke(app, ["evaluate", "run", "--data", "table.csv", "--device", "cpu"])
+    assert "over 2,900 values" in again.output, again.output
+
+
+def test_documents_are_trained_on_joined_and_their_boundaries_lie_in_the_run(here):
+    (here / "texts.jsonl").write_text("".join(f'{{"text": "document {number}. "}}\n' for number in range(300)))
+    model, figures, _ = finished(here, "--data", "texts.jsonl", "--kind", "documents", "--context", "32")
+    assert (model.config.vocab_size, figures["unit"]) == (256, "byte")
+    records = np.load(here / "run" / "data" / "train.records.npy")
+    assert records[:3].tolist() == [0, 12, 24]
+    assert len((here / "run" / "samples" / "sample-1.txt").read_bytes()) == 32
+
+
 def test_help_names_the_kinds():
-    result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"})
-    for word in ("--kind", "bytes, images, audio, midi", "--sample-rate", "--on-corrupt"):
-        assert word in result.output
+    # Lines may break anywhere between words.
+    text = " ".join(CliRunner().invoke(app, ["train", "--help"]).output.split())
+    for word in ("--kind", "bytes, images, audio, midi, piano-roll, csv, documents", "--sample-rate", "--on-corrupt"):
+        assert word in text
 
 
 def test_recipe_with_bytes_or_no_kind_is_as_before():

@@ -7,7 +7,7 @@ from longstride.data.folders import written_whole
 from longstride.data.kind import CorruptFileError, Kind
 from longstride.data.prepared import PreparedData, prepare
 from longstride.data.splits import SPLITS, assign_split, split_source
-from longstride.data.windows import EvenWindows, RandomWindows
+from longstride.data.windows import EvenWindows, PackedWindows, RandomWindows
 
 __all__ = [
     "KINDS",
@@ -18,6 +18,7 @@ __all__ = [
     "DecodedSource",
     "EvenWindows",
     "Kind",
+    "PackedWindows",
     "PreparedData",
     "RandomWindows",
     "assign_split",

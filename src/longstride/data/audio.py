@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -43,9 +43,9 @@ class Audio(Kind):
 
     sample_rate_hz: int
 
-    name = "audio"
-    unit = "sample"
-    sample_suffix = ".wav"
+    name: ClassVar[str] = "audio"
+    unit: ClassVar[str] = "sample"
+    sample_suffix: ClassVar[str] = ".wav"
 
     def __post_init__(self) -> None:
         check_rate(self.sample_rate_hz)

@@ -15,6 +15,8 @@ MODULES = {
     "audio": ("longstride.data.audio", "Audio"),
     "midi": ("longstride.data.midi", "Midi"),
     "piano-roll": ("longstride.data.piano_roll", "PianoRoll"),
+    "csv": ("longstride.data.series", "Series"),
+    "documents": ("longstride.data.documents", "Documents"),
 }
 
 # What --kind takes. Bytes are read as they lie and need no decoding; the others are `Kind`s.

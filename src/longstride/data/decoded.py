@@ -158,6 +158,8 @@ def decode_source(path: Path, kind: Kind, *, cache: Path | None = None, on_corru
     if source.corrupt and on_corrupt == "stop":
         file, what = source.corrupt[0]
         raise _stopped(root / file, what)
+    if not source.files and not source.corrupt:
+        raise DataError(f"{path} is empty (0 {source.unit}): put data there, or point --data elsewhere")
     if not source.files:
         raise DataError(
             f"{path} holds no sound file for --kind {kind.name}: {len(source.corrupt):,} are corrupt, the first being "
@@ -201,12 +203,16 @@ def _decode(root: Path, files: list[Path], kind: Kind, folder: Path, *, stop: bo
     with (folder / "tokens.bin").open("wb") as output, _bar(root, files, f"reading {kind.name}") as bar:
         for file in files:
             begin, records = ends[-1], len(ends)
+            changed: Counter[str] = Counter()
             try:
-                for record in kind.decode(root / file, changes):
+                for record in kind.decode(root / file, changed):
                     assert len(record), file
                     output.write(np.ascontiguousarray(record, dtype=kind.dtype).data)
                     ends.append(ends[-1] + len(record))
-                tokens[file] = ends[-1] - begin
+                # A file of empty documents has nothing to read.
+                if ends[-1] > begin:
+                    tokens[file] = ends[-1] - begin
+                changes += changed
             except CorruptFileError as error:
                 if stop:
                     raise _stopped(root / file, error.what) from error

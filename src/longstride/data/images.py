@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -44,9 +44,9 @@ class Images(Kind):
 
     side: int
 
-    name = "images"
-    unit = "dim"
-    sample_suffix = ".png"
+    name: ClassVar[str] = "images"
+    unit: ClassVar[str] = "dim"
+    sample_suffix: ClassVar[str] = ".png"
 
     def __post_init__(self) -> None:
         if self.side < 1:

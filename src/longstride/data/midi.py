@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -40,9 +40,9 @@ VELOCITIES_IN_BIN = 4
 class Midi(Kind):
     """Pieces as events. It has no settings."""
 
-    name = "midi"
-    unit = "event"
-    sample_suffix = ".mid"
+    name: ClassVar[str] = "midi"
+    unit: ClassVar[str] = "event"
+    sample_suffix: ClassVar[str] = ".mid"
 
     @classmethod
     def from_settings(cls, context: int, settings: Mapping[str, Any]) -> Self:  # noqa: ARG003 (it has none)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -44,9 +44,9 @@ class PianoRoll(Kind):
 
     step_ms: int
 
-    name = "piano-roll"
-    unit = "cell"
-    sample_suffix = ".mid"
+    name: ClassVar[str] = "piano-roll"
+    unit: ClassVar[str] = "cell"
+    sample_suffix: ClassVar[str] = ".mid"
 
     def __post_init__(self) -> None:
         if not 1 <= self.step_ms <= 10_000:

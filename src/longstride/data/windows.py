@@ -73,6 +73,43 @@ class EvenWindows(Dataset[dict[str, torch.Tensor]]):
         return _item(self.split[start : start + self.length])
 
 
+class PackedWindows(Dataset[dict[str, torch.Tensor]]):
+    """The windows of `RandomWindows`, with the boundaries of the documents in them, for packed training.
+
+    Args:
+        split: uint8 or uint16[tokens].
+        records: int64[documents + 1], where documents begin in the split, and its end: `PreparedData.records`.
+        length, count, seed: as in `RandomWindows`.
+
+    Each item is ``{"input_ids": int64[length], "labels": int64[length], "cu_seqlens": int32[documents + 1]}``.
+    ``cu_seqlens`` is what `longstride.attention_varlen` takes: document d of the window is ``input_ids[cu_seqlens[d] :
+    cu_seqlens[d + 1]]``, of which the first and the last may be parts. The label of a document's first token is -100,
+    which is not counted: nothing of its own stands before it.
+    """
+
+    def __init__(self, split: np.ndarray, records: np.ndarray, length: int, count: int, seed: int) -> None:
+        self.windows = RandomWindows(split, length, count, seed)
+        if records[0] != 0 or records[-1] != len(split):
+            raise ArgumentError(
+                f"documents from {records[0]:,} to {records[-1]:,} in a split of {len(split):,} tokens: give that "
+                "split's own PreparedData.records"
+            )
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        item = self.windows[index]
+        start, length = self.windows.start(index), self.windows.length
+        first, last = np.searchsorted(self.records, [start, start + length], side="right")
+        inside = self.records[first:last] - start
+        bounds = np.unique(np.concatenate([[0], inside, [length]]))
+        labels = item["labels"].clone()
+        labels[torch.from_numpy(bounds[:-1])] = -100
+        return {**item, "labels": labels, "cu_seqlens": torch.from_numpy(bounds.astype(np.int32))}
+
+
 def _check_fits(split: np.ndarray, length: int) -> None:
     if len(split) < length:
         raise ArgumentError(f"a window of {length:,} tokens does not fit into {len(split):,} tokens")

@@ -31,6 +31,7 @@ class DataRecipe:
         on_corrupt: ``skip`` to leave corrupt files out and count them, ``stop`` to stop at the first.
         sample_rate_hz: of audio: the rate that recordings are resampled to.
         step_ms: of piano rolls: how long a step lasts.
+        bins, binning: of CSV files: the bins of each column, and whether they are ``quantile`` or ``uniform`` ones.
     """
 
     path: str | None = None
@@ -39,6 +40,8 @@ class DataRecipe:
     on_corrupt: str = "skip"
     sample_rate_hz: int = 16_000
     step_ms: int = 100
+    bins: int = 255
+    binning: str = "quantile"
 
 
 @dataclass(frozen=True)
