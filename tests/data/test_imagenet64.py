@@ -60,10 +60,22 @@ U1 = {"descr": "|u1", "fortran_order": False}
         (npy({"descr": "<f4", "fortran_order": False, "shape": (1, 192)}, bytes(768)), "float32"),
         (npy({"descr": "|O", "fortran_order": False, "shape": (1, 192)}, b"cos\nsystem\n"), "object"),
         (npy({"descr": "|u1", "fortran_order": True, "shape": (2, 192)}, bytes(384)), "row by row"),
+        (b"\x93NUMPY\x01\x00\x20\x00" + b"{'descr': '|u1', 'shape': (3, 192" + bytes(10), "not a sound npz"),
         (b"not npy", "not a sound npz"),
         (b"", "not a sound npz"),
     ],
-    ids=["claims too much", "too short", "not square", "flat", "floats", "objects", "columns", "magic", "empty"],
+    ids=[
+        "claims too much",
+        "too short",
+        "not square",
+        "flat",
+        "floats",
+        "objects",
+        "columns",
+        "open bracket",
+        "magic",
+        "empty",
+    ],
 )
 def test_corrupt_array(tmp_path, content, message):
     with pytest.raises(CorruptFileError, match=message):

@@ -79,8 +79,8 @@ def _read_pickle(path: Path) -> np.ndarray:
         raise CorruptFileError(path, "it holds no array called data: not a batch of CIFAR-10's python version")
     try:
         return data.to_numpy()
-    except (ValueError, TypeError) as error:
-        raise CorruptFileError(path, str(error)) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptFileError(path, f"its array is not one ({error})") from error
 
 
 class ForbiddenError(ValueError):

@@ -9,6 +9,7 @@ Source: Chrabaszcz, Loshchilov, Hutter 2017, "A Downsampled Variant of ImageNet 
 
 import math
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -22,6 +23,18 @@ from longstride.data.kind import CorruptFileError
 NAMES = re.compile(r"(train_data(_batch_\d+)?|val_data)\.npz")
 
 IMAGES_AT_ONCE = 256
+
+# What zipfile and NumPy's reader of headers raise; the header is a Python literal, which NumPy tokenizes.
+UNSOUND = (
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+    SyntaxError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 # Photographs hardly shrink; a file that is a thousand times its compressed size was made to fill a disk.
 MOST_INFLATION = 100
@@ -58,7 +71,7 @@ def read_imagenet64(path: Path) -> Iterator[np.ndarray]:
                 data.read(1)
     except KeyError:
         raise CorruptFileError(path, "it holds no array called data: not one of ImageNet-64's npz files") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+    except UNSOUND as error:
         if isinstance(error, CorruptFileError):
             raise
         raise CorruptFileError(path, f"not a sound npz ({error})") from error
