@@ -121,19 +121,24 @@ def test_corrupt_file_stops_if_asked(folder, before):
         decode_source(folder, Images(2), on_corrupt="stop")
 
 
-def test_damage_after_sound_records_takes_the_whole_file_out(tmp_path):
-    """An npz whose second piece is damaged: the images of the first one go, too."""
+@pytest.mark.parametrize("damaged", [1, 2, 3])
+def test_damage_after_sound_records_takes_the_whole_file_out(tmp_path, damaged):
+    """An npz whose checksum, at its end, is wrong: the images that were read before go, too."""
     folder = tmp_path / "in"
     folder.mkdir()
-    np.savez(folder / "train_data_batch_1.npz", data=np.full((600, 12), 1, np.uint8))
-    np.savez(folder / "train_data_batch_2.npz", data=np.full((600, 12), 2, np.uint8))
-    damaged = bytearray((folder / "train_data_batch_1.npz").read_bytes())
-    damaged[5000] ^= 1
-    (folder / "train_data_batch_1.npz").write_bytes(damaged)
+    for number in (1, 2, 3):
+        # The damaged one is the longest, so that nothing written later covers it.
+        images = 900 if number == damaged else 600
+        np.savez(folder / f"train_data_batch_{number}.npz", data=np.full((images, 12), number, np.uint8))
+    path = folder / f"train_data_batch_{damaged}.npz"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
     source = decode_source(folder, Images(2))
-    assert set(source.read().tolist()) == {2}
-    assert len(source.read()) == 7200
-    assert "train_data_batch_1.npz" in source.describe()[0]
+    left = [number for number in (1, 2, 3) if number != damaged]
+    assert source.read().tolist() == np.repeat(left, 7200).tolist()
+    assert np.load(source.folder / "records.npy").tolist() == list(range(0, 14401, 12))
+    assert path.name in source.describe()[0]
 
 
 def test_nothing_sound_or_nothing_at_all(tmp_path):
