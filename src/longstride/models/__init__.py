@@ -7,6 +7,7 @@ of ``longstride.SparseTransformerConfig`` or ``longstride.SparseTransformerForCa
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from longstride.models.cache import SparseTransformerCache
 from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.modeling import SparseTransformerForCausalLM, SparseTransformerModel
 from longstride.models.schedule import layer_patterns
@@ -18,6 +19,7 @@ AutoModelForCausalLM.register(SparseTransformerConfig, SparseTransformerForCausa
 
 __all__ = [
     "ParameterCount",
+    "SparseTransformerCache",
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
     "SparseTransformerModel",
