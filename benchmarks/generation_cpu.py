@@ -87,23 +87,29 @@ def measure(model: SparseTransformerForCausalLM, rounds: int, passes: int) -> di
 
 def render(result: dict) -> str:
     """The Markdown page of a result."""
-    cached, recomputed = ([ms / 1e3 for ms in result[f"{way}_spread_ms"]] for way in ("cached", "recomputed"))
-    return f"""# Generation on {result["device"]}
-
-torch {result["torch"]}, Python {result["python"]}, commit {result["commit"]}; `{result["command"]}`.
-{result["sample_bytes"]:,} bytes after a prompt of {result["prompt_bytes"]:,}, prompt included, by a model of the demo's
-shape ({result["model"]}), float32; median of {result["rounds"]} rounds.
-
-| how | time, s | its spread, s | tokens/s |
-|---|---|---|---|
-| with the cache ({result["cache_bytes"]:,} bytes) | {result["cached_ms"] / 1e3:.2f} | {cached[0]:.2f} to {cached[1]:.2f} \
-| {result["tokens_per_s"]:.0f} |
-| recomputing, from {result["passes"]} of the {result["sample_bytes"]:,} passes | {result["recomputed_ms"] / 1e3:.1f} \
-| {recomputed[0]:.1f} to {recomputed[1]:.1f} | {result["sample_bytes"] / result["recomputed_ms"] * 1e3:.1f} |
-
-The cache is {result["speedup"]:.0f} times as fast. Checked before timing: {result["checked"]} bytes are the same with it
-and without.
-"""
+    rows = []
+    for way, how in (
+        ("cached", f"with the cache ({result['cache_bytes']:,} bytes)"),
+        ("recomputed", f"recomputing, from {result['passes']} of the {result['sample_bytes']:,} passes"),
+    ):
+        seconds = result[f"{way}_ms"] / 1e3
+        low, high = (ms / 1e3 for ms in result[f"{way}_spread_ms"])
+        rows.append(f"| {how} | {seconds:.2f} | {low:.2f} to {high:.2f} | {result['sample_bytes'] / seconds:.1f} |")
+    lines = [
+        f"# Generation on {result['device']}",
+        "",
+        f"torch {result['torch']}, Python {result['python']}, commit {result['commit']}; `{result['command']}`.",
+        f"{result['sample_bytes']:,} bytes after a prompt of {result['prompt_bytes']:,}, prompt included, by a model "
+        f"of the demo's shape ({result['model']}), float32; median of {result['rounds']} rounds.",
+        "",
+        "| how | time, s | its spread, s | tokens/s |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        f"The cache is {result['speedup']:.0f} times as fast. Checked before timing: {result['checked']} bytes are the "
+        "same with it and without.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

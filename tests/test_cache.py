@@ -71,29 +71,30 @@ def test_a_hundred_thousand_tokens_at_constant_memory():
 # ---- taking tokens back -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
-@given(st.sampled_from(CAUSAL), st.integers(1, 5), st.data())
-def test_tokens_taken_back_leave_no_trace(pattern, headroom, data):
-    """As in speculative decoding: guesses are decoded several at a time, and the wrong ones are taken back."""
+@settings(max_examples=80)
+@given(
+    st.sampled_from(CAUSAL), st.integers(0, 4), st.integers(1, 30), st.lists(st.integers(0, 5), min_size=1, max_size=30)
+)
+def test_tokens_taken_back_leave_no_trace(pattern, headroom, prompt, rights):
+    """As in speculative decoding: guesses are decoded several at a time, and the wrong ones are taken back, or all."""
     q, k, v = make(2)
     guesses = make(2, seed=1)
     wanted = ls.attention(q, k, v, pattern, backend="reference")
     cache = cache_for(pattern, 2, headroom=headroom)
-    prompt = data.draw(st.integers(1, 30))
     decode(q, k, v, pattern, cache, [prompt])
-    while cache.longest < LONGEST:
-        tokens = min(headroom + 1, LONGEST - cache.longest)
-        right = data.draw(st.integers(1, tokens))
-        start = cache.longest
+    for right in rights:
+        start, tokens = cache.longest, min(headroom + 1, LONGEST - cache.longest)
+        right = min(right, tokens)
         mixed = [
             torch.cat([x[:, :, start : start + right], y[:, :, start + right : start + tokens]], 2)
             for x, y in zip((q, k, v), guesses, strict=True)
         ]
+        if not tokens:
+            break
         out = ls.attention_cached(*mixed, pattern, cache)
         cache.advance()
         torch.testing.assert_close(out[:, :, :right], wanted[:, :, start : start + right], rtol=EXACT, atol=EXACT)
         cache.crop(tokens - right)
-    assert cache.longest == LONGEST
 
 
 def test_more_than_the_headroom_can_be_taken_back_where_nothing_was_evicted():
@@ -114,11 +115,11 @@ def test_more_than_the_headroom_can_be_taken_back_where_nothing_was_evicted():
 
 def test_what_was_evicted_cannot_come_back():
     q, k, v = make()
-    cache = cache_for(ls.Local(5), headroom=2)
+    cache = cache_for(ls.Local(5), headroom=1)
     decode(q, k, v, ls.Local(5), cache, [20])
     cache.crop(1)
     message = (
-        r"Local\(5\) would read keys again that were evicted .* at most 1 tokens .* make the cache with headroom=3"
+        r"Local\(5\) would read keys again that were evicted .* at most 1 tokens .* make the cache with headroom=2"
     )
     with pytest.raises(ls.ArgumentError, match=message):
         cache.crop(2)

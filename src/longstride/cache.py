@@ -62,8 +62,8 @@ class PatternCache:
         head_dim: width of a head's keys.
         num_kv_heads: heads of keys and values; num_heads when not given.
         v_head_dim: width of a head's values; head_dim when not given.
-        headroom: how many of the latest tokens `crop` can always take back, as speculative decoding does. A step of up
-            to headroom + 1 tokens is decoded in place. Every ring has so many more rows.
+        headroom: up to headroom + 1 tokens are decoded in place, and can be taken back by `crop` at any time, as
+            speculative decoding does. Every ring has so many more rows.
         dtype, device: of keys and values; PyTorch's defaults when not given.
 
     Raises:
@@ -191,7 +191,10 @@ class PatternCache:
         self._step = None
 
     def passed(self, tokens: int) -> None:
-        """Note that every row has grown by `tokens` on the device, as a CUDA graph that is replayed makes it."""
+        """Note that every row has grown by `tokens` on the device, as the replay of a CUDA graph makes it.
+
+        A capture counts its tokens on the host alone: a negative number takes that back.
+        """
         self._check_room(self.longest + tokens)
         self._taken_back = max(0, self._taken_back - tokens)
         self.shortest += tokens
@@ -218,11 +221,13 @@ class PatternCache:
             self.reset()
             return
         taken = self._taken_back + tokens
-        if taken > self.headroom and (evicting := self._evicting()):
+        # The row that a token takes is one that no query at its position or after it reads.
+        allowed = self.headroom + 1
+        if taken > allowed and (evicting := self._evicting()):
             raise ArgumentError(
                 f"crop({tokens}): {evicting.pattern} would read keys again that were evicted when later ones came; "
-                f"at most {max(0, self.headroom - self._taken_back)} tokens can be taken back now, or all of them; "
-                f"make the cache with headroom={taken}"
+                f"at most {max(0, allowed - self._taken_back)} tokens can be taken back now, or all of them; make the "
+                f"cache with headroom={taken - 1}"
             )
         self._taken_back = taken
         self.lengths -= tokens

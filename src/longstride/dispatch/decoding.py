@@ -7,11 +7,12 @@ from typing import Any
 
 from longstride.backends.decode_request import DecodeRequest
 from longstride.backends.torch import decode as torch_decode
+from longstride.backends.triton import decode as triton_decode
 from longstride.dispatch.choice import check_name, only_named
 from longstride.errors import UnsupportedError
 
 #: The backends that decode, the one to prefer first.
-DECODERS: dict[str, Any] = {"torch": torch_decode}
+DECODERS: dict[str, Any] = {"triton": triton_decode, "torch": torch_decode}
 
 
 @lru_cache(maxsize=1024)

@@ -20,7 +20,7 @@ class SparseTransformerCache(Cache):
     Args:
         config: the model's.
         capacity: the most tokens a row, padding not counted; config.max_position_embeddings unless given.
-        headroom: how many of the latest tokens `crop` can always take back.
+        headroom: up to headroom + 1 of the latest tokens can always be taken back by `crop`.
 
     Raises:
         ArgumentError: capacity or headroom is out of range.
@@ -76,6 +76,12 @@ class SparseTransformerCache(Cache):
         """Count the tokens that every layer was given."""
         assert self.rows is not None
         self.rows.advance()
+        self.seen += tokens
+
+    def passed(self, tokens: int) -> None:
+        """Note tokens that every layer was given on the device alone, as `PatternCache.passed`."""
+        assert self.rows is not None
+        self.rows.passed(tokens)
         self.seen += tokens
 
     # ---- what `generate` asks -------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Layout:
         pattern: what is kept for.
         num_heads, num_kv_heads: of queries and of keys.
         capacity: the most positions a row of the batch may have.
-        headroom: how many of the latest tokens can be taken back, and one less than how many can be decoded at once.
+        headroom: one less than how many tokens can be decoded at once, and taken back at any time.
         shelves: the different shelves.
         heads: for each head of keys, its shelf and its first row.
         routes: the different (shelf, reads).

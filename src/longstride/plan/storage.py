@@ -108,7 +108,7 @@ class Store:
 
 
 def need(term: Term, capacity: int, headroom: int) -> Need:
-    """What must be kept for the queries of `term`, so that the latest `headroom` tokens can be taken back."""
+    """What must be kept for the queries of `term`, so that the latest headroom + 1 tokens can be taken back."""
     most = term.span.most
     window = None if most is None else most + 1 + headroom
     choices: list[Keys] = [EVERY]
