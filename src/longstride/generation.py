@@ -12,7 +12,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from longstride.errors import ArgumentError
-from longstride.models import SparseTransformerCache, SparseTransformerForCausalLM
+from longstride.models import DecodeGraph, SparseTransformerCache, SparseTransformerForCausalLM, graph_obstacle
 
 # Stands before the first byte when there is no prompt, because a model needs something to go on from; it is not part
 # of the sample. A line begins after it.
@@ -88,13 +88,17 @@ def _draw(
     context = model.config.max_position_embeddings
     tokens = torch.tensor([list(prompt)], device=model.device)
     model.eval()
+    graph: DecodeGraph | None = None
     for _ in range(length_bytes):
-        if tokens.shape[1] <= context:
-            outputs = model(input_ids=tokens[:, cache.seen :], past_key_values=cache, logits_to_keep=1)
+        if tokens.shape[1] > context:
+            logits = model(input_ids=tokens[:, -context:], logits_to_keep=1).logits[:, -1]
+        elif tokens.shape[1] > cache.seen + 1 or graph_obstacle(model, cache) is not None:
+            logits = model(input_ids=tokens[:, cache.seen :], past_key_values=cache, logits_to_keep=1).logits[:, -1]
         else:
-            outputs = model(input_ids=tokens[:, -context:], logits_to_keep=1)
+            graph = DecodeGraph(model, cache) if graph is None else graph
+            logits = graph.step(tokens[:, -1])
         # float32 on the CPU, so that a seed means the same draw from the same logits everywhere.
-        logits = outputs.logits[:, -1].float().cpu()
+        logits = logits.float().cpu()
         for warper in warpers:
             logits = warper(tokens.cpu(), logits)
         if greedy:

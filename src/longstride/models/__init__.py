@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from longstride.models.cache import SparseTransformerCache
 from longstride.models.configuration import SparseTransformerConfig
+from longstride.models.decode_graph import DecodeGraph, graph_obstacle
 from longstride.models.modeling import SparseTransformerForCausalLM, SparseTransformerModel
 from longstride.models.schedule import layer_patterns
 from longstride.models.summary import ParameterCount, parameter_count
@@ -18,11 +19,13 @@ AutoModel.register(SparseTransformerConfig, SparseTransformerModel, exist_ok=Tru
 AutoModelForCausalLM.register(SparseTransformerConfig, SparseTransformerForCausalLM, exist_ok=True)
 
 __all__ = [
+    "DecodeGraph",
     "ParameterCount",
     "SparseTransformerCache",
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
     "SparseTransformerModel",
+    "graph_obstacle",
     "layer_patterns",
     "parameter_count",
 ]
