@@ -78,7 +78,7 @@ def test_rows_of_different_lengths(pattern: ls.Pattern) -> None:
     ls.attention_cached(*(x[:, :, :100] for x in (q, k, v)), pattern, cache, counts=counts)
     cache.advance()
     for _ in range(90):
-        turn = cache.lengths[:, None, None, None]
+        turn = cache.lengths.clone()[:, None, None, None]
         token = [x.gather(2, turn.expand(-1, x.shape[1], 1, x.shape[3])) for x in (q, k, v)]
         out = ls.attention_cached(*token, pattern, cache, backend="triton")
         cache.advance()
