@@ -115,7 +115,9 @@ def _attend(
     if step.counts is None and step.tokens <= made.headroom + 1:
         chosen = choose_decoder(DecodeRequest(made, q.shape[3], v.shape[3], q.dtype, q.device.type), backend)
         if chosen is not None:
+            _refuse_to_be_recorded(q, chosen)
             return DECODERS[chosen].decode(q, k, v, rows, scale)
+    _refuse_to_be_recorded(q, "a chunk")
     if step.most == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     if cache.longest == 0:
@@ -125,6 +127,15 @@ def _attend(
     assert isinstance(out, torch.Tensor)  # a pair comes with return_lse alone
     _keep(k, v, rows, step)
     return out
+
+
+def _refuse_to_be_recorded(q: torch.Tensor, how: str) -> None:
+    """All but the kernel look at lengths on the host, which a CUDA graph would keep for good."""
+    if q.is_cuda and how != "triton" and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            f"a CUDA graph cannot record this step ({how}): its lengths would stay as they are now; record steps of up "
+            "to headroom + 1 tokens, with backend='triton'"
+        )
 
 
 def _after_held(

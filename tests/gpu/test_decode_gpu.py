@@ -140,6 +140,19 @@ def test_a_graph_of_a_step_is_right_at_every_length() -> None:
     assert cache.longest == LENGTH
 
 
+@pytest.mark.parametrize(("backend", "tokens"), [("torch", 1), (None, 2)])
+def test_a_graph_does_not_record_what_looks_at_lengths(backend, tokens) -> None:
+    pattern = ls.Local(24)
+    q, k, v = make(8, 64, 64, torch.float32)
+    cache = cache_for(pattern, q, k, v)
+    part = [x[:, :, :tokens].clone() for x in (q, k, v)]
+    with (
+        pytest.raises(ls.UnsupportedError, match="a CUDA graph cannot record this step"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        ls.attention_cached(*part, pattern, cache, backend=backend)
+
+
 def test_it_takes_the_bytes_that_were_said() -> None:
     sizes = {"num_heads": 8, "head_dim": 64, "batch": 4, "dtype": torch.bfloat16}
     torch.cuda.synchronize()

@@ -117,14 +117,14 @@ class Layout:
         i = position[:, None]
         routes = []
         for shelf, reads in self.routes:
-            rows = [i.new_empty(len(i), 0)]
+            rows = [i.new_empty(i.shape[0], 0)]
             for read in reads:
                 n = torch.arange(read.count(shortest, longest), device=i.device)
                 j = read.walk.position(i, n)
                 row = (
                     self.shelves[shelf].stores[read.store].row(j.clamp(min=0)) + self.shelves[shelf].offsets[read.store]
                 )
-                rows.append(torch.where(read.allows(i, j), row, -LONGEST).expand(len(i), len(n)))
+                rows.append(torch.where(read.allows(i, j), row, -LONGEST).expand(i.shape[0], n.shape[0]))
             routes.append(torch.cat(rows, 1))
         width = max(1, *(rows.shape[1] for rows in routes))
         routes = [pad(rows, (0, width - rows.shape[1]), value=-LONGEST) for rows in routes]

@@ -7,26 +7,33 @@ not there.
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
-from longstride.patterns.regions import BlockTable, KeyGroup, KeyList, Powers, QueryList, Term
+from longstride.patterns.regions import CAUSAL, BlockTable, KeyGroup, KeyList, Powers, QueryList, SameBlock, Term
 from longstride.plan.parts import Part
 from longstride.plan.storage import Need, rows_for
 
 
 @dataclass(frozen=True)
 class Steps:
-    """i - dilation * (lo + n), the nearest first, up to distance dilation * hi (None: to the beginning)."""
+    """i - dilation * (lo + n), the nearest first, up to distance dilation * hi (None: to the beginning).
+
+    With a block, only within the query's own block of so many positions.
+    """
 
     dilation: int
     lo: int
     hi: int | None
+    block: int | None = None
 
     def position(self, i: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        return i - (n + self.lo) * self.dilation
+        j = i - (n + self.lo) * self.dilation if self.dilation > 1 or self.lo else i - n
+        return j if self.block is None else torch.where(j < i - i % self.block, -1, j)
 
     def count(self, longest: int) -> int:
         last = longest // self.dilation if self.hi is None else min(self.hi, longest // self.dilation)
@@ -59,7 +66,7 @@ class Listed:
     tokens: tuple[int, ...]
 
     def position(self, i: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        return _listed(self.tokens, n.device)[: len(n)].expand(*i.shape[:-1], -1)
+        return _listed(self.tokens, n.device)[: n.shape[0]].expand(*i.shape[:-1], -1)
 
     def count(self, longest: int) -> int:
         return sum(token <= longest for token in self.tokens)
@@ -72,7 +79,7 @@ class Distances:
     distances: tuple[int, ...]
 
     def position(self, i: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        return i - _listed(self.distances, n.device)[: len(n)]
+        return i - _listed(self.distances, n.device)[: n.shape[0]]
 
     def count(self, longest: int) -> int:
         return sum(distance <= longest for distance in self.distances)
@@ -117,18 +124,30 @@ class Read:
     store: int
     queries: tuple[int, ...]
 
-    @property
-    def exact(self) -> bool:
-        """True when the walk names no key that the part leaves out."""
-        plain = not self.part.term.regions and not self.part.minus and not self.part.skip_rows
-        return plain and isinstance(self.walk, Steps)
+    @cached_property
+    def open(self) -> Term:
+        """What of the part's term the walk leaves open, besides that no key comes after its query."""
+        term, walk = self.part.term, self.walk
+        band = None if isinstance(walk, Steps) or term.band == CAUSAL else term.band
+        return Term(band, tuple(region for region in term.regions if region not in _kept_by(walk, term)))
+
+    @cached_property
+    def dropped(self) -> tuple[Term, ...]:
+        """The terms that other parts have, without what holds of every key that does not come after its query."""
+        skipped = (Term(None, (QueryList(self.part.skip_rows),)),) if self.part.skip_rows else ()
+        return tuple(Term(None, t.regions) if t.band == CAUSAL else t for t in self.part.minus) + skipped
 
     def allows(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         """True where the walk's position j is there, and the part's."""
         there = j >= 0
-        if self.exact:
-            return there
-        return there & (j <= i) & self.part.allows(i, j.clamp(min=0))
+        if isinstance(self.walk, Listed | Blocks):
+            there = there & (j <= i)
+        for condition in _conditions(self.open, i, j):
+            there = there & condition
+        for term in self.dropped:
+            covered = _conditions(term, i, j)
+            there = there & ~functools.reduce(operator.and_, covered) if covered else torch.zeros_like(there)
+        return there
 
     def count(self, shortest: int, longest: int) -> int:
         """How many places of the walk the queries at positions shortest .. longest need looking at."""
@@ -142,7 +161,9 @@ def walk_of(term: Term, capacity: int) -> Walk:
     band, span = term.band, term.span
     dilation = 1 if band is None else band.dilation
     lo = max(0, (span.least or 0)) if span.least is not None else 0
-    choices: list[Walk] = [Steps(dilation, -(-lo // dilation), None if span.most is None else span.most // dilation)]
+    block = min((region.block for region in term.find(SameBlock)), default=None)
+    hi = None if span.most is None else span.most // dilation
+    choices: list[Walk] = [Steps(dilation, -(-lo // dilation), hi, block)]
     for region in term.regions:
         match region:
             case KeyGroup():
@@ -162,6 +183,36 @@ def queries_of(term: Term) -> tuple[int, ...]:
     """The queries that a term is limited to; () for none in particular."""
     lists = term.find(QueryList)
     return lists[0].tokens if lists else ()
+
+
+def _kept_by(walk: Walk, term: Term) -> set[object]:
+    """The regions of a term that the walk stays within by itself."""
+    match walk:
+        case Steps():
+            return {SameBlock(walk.block)} if walk.block is not None else set()
+        case Columns():
+            return {walk.group}
+        case Listed():
+            return {KeyList(walk.tokens)}
+        case Distances():
+            return set(term.find(Powers)[:1])
+        case Blocks():
+            return {walk.table}
+
+
+def _conditions(term: Term, i: torch.Tensor, j: torch.Tensor) -> list[torch.Tensor]:
+    """What a pair must meet to be the term's, in as few operations as it takes; j may be negative where it is not."""
+    found = [] if term.band is None else [term.band.allows(i, j)]
+    for region in term.regions:
+        match region:
+            case SameBlock(block):
+                found.append(i // block == j // block)
+            case KeyGroup(block, start, stop):
+                place = j % block
+                found.append(place < stop if start == 0 else (place >= start) & (place < stop))
+            case _:
+                found.append(region.allows(i, j.clamp(min=0)))
+    return found
 
 
 @lru_cache(maxsize=256)

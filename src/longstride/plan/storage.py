@@ -77,6 +77,9 @@ class Store:
             return torch.ones_like(position, dtype=torch.bool)
         if isinstance(self.keys, Placed):
             return _on(self.keys, position.device)[0][position // self.keys.block] >= 0
+        if isinstance(self.keys, KeyGroup):  # with less ado than `allows`, as each step asks
+            place = position % self.keys.block
+            return (place >= self.keys.start) & (place < self.keys.stop)
         return self.keys.allows(position, position)
 
     def row(self, position: torch.Tensor) -> torch.Tensor:

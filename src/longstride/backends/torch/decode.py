@@ -54,9 +54,9 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: CachedRows, 
         copies = new[:, :, None].expand(-1, -1, where.stores, -1, -1) if where.stores > 1 else new
         memory.index_copy_(0, where.write, copies.reshape(-1, new.shape[-1]))
     wide = where.bias.dtype
-    queries = q.transpose(1, 2).reshape(len(where.bias), layout.share, -1)
-    found_keys = keys.index_select(0, where.read).view(len(queries), -1, keys.shape[1])
-    found_values = values.index_select(0, where.read).view(len(queries), -1, values.shape[1])
+    queries = q.transpose(1, 2).reshape(where.bias.shape[0], layout.share, -1)
+    found_keys = keys.index_select(0, where.read).view(queries.shape[0], -1, keys.shape[1])
+    found_values = values.index_select(0, where.read).view(queries.shape[0], -1, values.shape[1])
     if q.dtype != wide:
         queries, found_keys, found_values = queries.to(wide), found_keys.to(wide), found_values.to(wide)
     weights = torch.baddbmm(where.bias, queries, found_keys.transpose(1, 2), alpha=scale).softmax(-1)
@@ -72,10 +72,10 @@ def addresses(layout: Layout, rows: CachedRows, batch: int, tokens: int, dtype: 
     position = lengths[:, None] + torch.arange(tokens, device=device)
     write = layout.write_rows(position, position[:, -1:] + 1)
     read, there = layout.read_rows(position.flatten(), rows.shortest, rows.longest + tokens - 1)
-    read = read.unflatten(0, (len(lengths), tokens))
+    read = read.unflatten(0, (lengths.shape[0], tokens))
     first = torch.arange(0, batch * layout.rows, layout.rows, device=device)[:, None, None, None]
     bias = torch.zeros(there.shape, dtype=dtype, device=device).masked_fill_(~there, UNREAD)
-    bias = bias.unflatten(0, (len(lengths), tokens)).expand(batch, -1, -1, -1)
+    bias = bias.unflatten(0, (lengths.shape[0], tokens)).expand(batch, -1, -1, -1)
     return Addresses(
         (write + first).flatten(), write.shape[2], (read + first).flatten(), bias.flatten(0, 2)[:, None, :]
     )

@@ -1,221 +1,26 @@
 """The decode kernel: a few queries a row of the batch against the rows that a cache holds for them.
 
 Every program takes one query position of one lane (all its heads at once) and a share of the keys, which it finds by
-arithmetic on the position. Programs of the first share also attend to the step's own new tokens, as these were given,
-and write them to the cache: no row that they overwrite is read by any query of the step. Words are as `decode_lowering`
-writes them.
+arithmetic on the position (`decode_geometry`). Programs of the first share also attend to the step's own new tokens,
+as these were given, and write them to the cache: no row that they overwrite is read by any query of the step.
 """
 
 import triton
 import triton.language as tl
 
-from longstride.backends.triton import decode_lowering
+from longstride.backends.triton.decode_geometry import (
+    STORE_WORDS,
+    WALK_WORDS,
+    allowed,
+    bounds,
+    listed,
+    position,
+    row,
+    word,
+)
 
-STORE_WORDS = tl.constexpr(decode_lowering.STORE_WORDS)
-WALK_WORDS = tl.constexpr(decode_lowering.WALK_WORDS)
-CONDITION_WORDS = tl.constexpr(decode_lowering.CONDITION_WORDS)
-UNBOUNDED = tl.constexpr(decode_lowering.UNBOUNDED)
-RING = tl.constexpr(decode_lowering.RING)
-LIST = tl.constexpr(decode_lowering.LIST)
-STEPS = tl.constexpr(decode_lowering.STEPS)
-COLUMNS = tl.constexpr(decode_lowering.COLUMNS)
-LISTED = tl.constexpr(decode_lowering.LISTED)
-DISTANCES = tl.constexpr(decode_lowering.DISTANCES)
-BLOCKS = tl.constexpr(decode_lowering.BLOCKS)
-LEAST = tl.constexpr(decode_lowering.LEAST)
-MOST = tl.constexpr(decode_lowering.MOST)
-CLASS = tl.constexpr(decode_lowering.CLASS)
-SAME_BLOCK = tl.constexpr(decode_lowering.SAME_BLOCK)
-KEY_GROUP = tl.constexpr(decode_lowering.KEY_GROUP)
-KEY_FIRST = tl.constexpr(decode_lowering.KEY_FIRST)
-KEY_LIST = tl.constexpr(decode_lowering.KEY_LIST)
-QUERY_FIRST = tl.constexpr(decode_lowering.QUERY_FIRST)
-QUERY_LIST = tl.constexpr(decode_lowering.QUERY_LIST)
-DISTANCE = tl.constexpr(decode_lowering.DISTANCE)
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 #: Below every score, and finite, so that a row without keys has no infinity less infinity.
 NOTHING = tl.constexpr(-1.0e30)
-
-
-@triton.constexpr_function
-def word(PROGRAM, at):
-    """One word of the program."""
-    return int(PROGRAM[at])
-
-
-# ---- spots and lists ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _place(spots, SPOT: tl.constexpr):
-    return tl.load(spots + 2 * SPOT)
-
-
-@triton.jit
-def _count(spots, SPOT: tl.constexpr):
-    return tl.load(spots + 2 * SPOT + 1)
-
-
-@triton.jit
-def _listed(x, SPOT: tl.constexpr, spots, lists):
-    place = _place(spots, SPOT)
-    found = x < 0
-    for n in range(_count(spots, SPOT)):
-        found = found | (x == tl.load(lists + place + n))
-    return found
-
-
-# ---- conditions -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _holds(i, j, PROGRAM: tl.constexpr, AT: tl.constexpr, spots, lists):
-    KIND: tl.constexpr = word(PROGRAM, AT)
-    A: tl.constexpr = word(PROGRAM, AT + 1)
-    B: tl.constexpr = word(PROGRAM, AT + 2)
-    C: tl.constexpr = word(PROGRAM, AT + 3)
-    # One chain: the compiler goes on past a `return` that is not the last thing of its branch.
-    if KIND == LEAST:
-        return j <= i - A
-    elif KIND == MOST:
-        return j >= i - A
-    elif KIND == CLASS:
-        return i % A == j % A
-    elif KIND == SAME_BLOCK:
-        return i // A == j // A
-    elif KIND == KEY_GROUP:
-        return (j % A >= B) & (j % A < C)
-    elif KIND == KEY_FIRST:
-        return j < A
-    elif KIND == KEY_LIST:
-        return _listed(j, A, spots, lists)
-    elif KIND == QUERY_FIRST:
-        return i + j - j < A  # in j's shape
-    elif KIND == QUERY_LIST:
-        return _listed(i + j - j, A, spots, lists)
-    elif KIND == DISTANCE:
-        return _listed(i - j, A, spots, lists)
-    else:  # TABLE
-        width = _count(spots, B)
-        row = lists + _place(spots, B) + (i // A) * width
-        found = j < 0
-        for n in range(width):
-            found = found | (j // A == tl.load(row + n))
-        return found
-
-
-@triton.jit
-def _all_hold(i, j, PROGRAM: tl.constexpr, AT: tl.constexpr, spots, lists):
-    ok = j >= 0
-    for c in tl.static_range(word(PROGRAM, AT)):
-        ok = ok & _holds(i, j, PROGRAM, AT + 1 + CONDITION_WORDS * c, spots, lists)
-    return ok
-
-
-@triton.jit
-def _allowed(i, j, PROGRAM: tl.constexpr, KEEP: tl.constexpr, DROPS: tl.constexpr, spots, lists):
-    """True where the pair meets the conditions at KEEP, and no dropped term's."""
-    ok = _all_hold(i, j, PROGRAM, KEEP, spots, lists)
-    for t in tl.static_range(word(PROGRAM, DROPS)):
-        ok = ok & ~_all_hold(i, j, PROGRAM, word(PROGRAM, DROPS + 1 + t), spots, lists)
-    return ok
-
-
-# ---- stores ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _before(x, block, start, width):
-    """How many keys of a group lie before position x."""
-    x = tl.maximum(x, 0)
-    return (x // block) * width + tl.minimum(tl.maximum(x % block - start, 0), width)
-
-
-@triton.jit
-def _row(j, PROGRAM: tl.constexpr, AT: tl.constexpr, spots, lists, there):
-    """The row of position j in the store at AT, from its head's first, and whether the store keeps it at all."""
-    KIND: tl.constexpr = word(PROGRAM, AT)
-    offset = _place(spots, word(PROGRAM, AT + 1))
-    if KIND == RING:
-        ROWS: tl.constexpr = word(PROGRAM, AT + 2)
-        BLOCK: tl.constexpr = word(PROGRAM, AT + 3)
-        START: tl.constexpr = word(PROGRAM, AT + 4)
-        WIDTH: tl.constexpr = word(PROGRAM, AT + 5)
-        if BLOCK == 1:
-            number = j
-            member = j >= 0
-        else:
-            number = _before(j, BLOCK, START, WIDTH)
-            member = (j % BLOCK >= START) & (j % BLOCK < START + WIDTH)
-        if ROWS > 0:
-            number = number % ROWS
-        return offset + number, member
-    elif KIND == LIST:
-        place = _place(spots, word(PROGRAM, AT + 2))
-        number = j - j
-        member = j < 0
-        for n in range(_count(spots, word(PROGRAM, AT + 2))):
-            token = tl.load(lists + place + n)
-            number = number + (token < j).to(tl.int32)
-            member = member | (token == j)
-        return offset + number, member
-    else:  # PLACED
-        SIZE: tl.constexpr = word(PROGRAM, AT + 2)
-        slot = tl.load(lists + _place(spots, word(PROGRAM, AT + 3)) + j // SIZE, mask=there, other=-1)
-        return offset + slot * SIZE + j % SIZE, slot >= 0
-
-
-# ---- walks ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _bounds(i, seen, PROGRAM: tl.constexpr, AT: tl.constexpr, spots):
-    """The first number of the walk at AT that lies among the `seen` positions, and how many follow."""
-    KIND: tl.constexpr = word(PROGRAM, AT)
-    A: tl.constexpr = word(PROGRAM, AT + 1)
-    B: tl.constexpr = word(PROGRAM, AT + 2)
-    C: tl.constexpr = word(PROGRAM, AT + 3)
-    D: tl.constexpr = word(PROGRAM, AT + 4)
-    E: tl.constexpr = word(PROGRAM, AT + 5)
-    if KIND == STEPS:
-        near = tl.maximum((i - seen + A) // A, B)
-        far = tl.minimum(i // A, C)
-        if D > 0:
-            far = tl.minimum(far, i % D // A)
-        return near, far - near + 1
-    elif KIND == COLUMNS:
-        top = _before(tl.minimum(i - D, seen - 1) + 1, A, B, C)
-        bottom = top - top
-        if E < UNBOUNDED:
-            bottom = _before(i - E, A, B, C)
-        return top - 1, top - bottom
-    elif KIND == BLOCKS:
-        return i - i, _count(spots, B) * A
-    else:  # LISTED and DISTANCES
-        return i - i, _count(spots, A)
-
-
-@triton.jit
-def _position(i, first, n, PROGRAM: tl.constexpr, AT: tl.constexpr, spots, lists, there):
-    """The walk's positions numbers n, negative where there is none."""
-    KIND: tl.constexpr = word(PROGRAM, AT)
-    A: tl.constexpr = word(PROGRAM, AT + 1)
-    B: tl.constexpr = word(PROGRAM, AT + 2)
-    C: tl.constexpr = word(PROGRAM, AT + 3)
-    if KIND == STEPS:
-        return i - (first + n) * A
-    elif KIND == COLUMNS:
-        number = tl.maximum(first - n, 0)
-        return (number // C) * A + B + number % C
-    elif KIND == LISTED:
-        return tl.load(lists + _place(spots, A) + n, mask=there, other=-1)
-    elif KIND == DISTANCES:
-        return i - tl.load(lists + _place(spots, A) + n, mask=there, other=0)
-    else:  # BLOCKS
-        row = _place(spots, B) + (i // A) * _count(spots, B)
-        block = tl.load(lists + row + n // A, mask=there, other=-1)
-        return tl.where(block < 0, -1, block * A + n % A)
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -286,22 +91,22 @@ def _read(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
-    first, count = _bounds(i, seen, PROGRAM, READ, spots)
+    first, count = bounds(i, seen, PROGRAM, READ, spots)
     count = tl.maximum(count, 0)
     if QUERIES >= 0:
-        count = tl.where(_listed(i, QUERIES, spots, lists), count, 0)
+        count = tl.where(listed(i, QUERIES, spots, lists), count, 0)
     stretch = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_N) * BLOCK_N
     for begin in range(split * stretch, tl.minimum(count, (split + 1) * stretch), BLOCK_N):
         there = begin + n < count
-        j = _position(i, first, begin + n, PROGRAM, READ, spots, lists, there)
+        j = position(i, first, begin + n, PROGRAM, READ, spots, lists, there)
         there = there & (j >= 0) & (j < seen)
         j = tl.where(there, j, 0)
-        ok = there & _allowed(i, j, PROGRAM, KEEP, DROPS, spots, lists)
-        row, _ = _row(j, PROGRAM, STORE, spots, lists, ok)
-        row = tl.where(ok, row, 0).to(tl.int64)
-        key_at = keys + row[:, None] * HEAD_DIM + d[None, :]
+        ok = there & allowed(i, j, PROGRAM, KEEP, DROPS, spots, lists)
+        place, _ = row(j, PROGRAM, STORE, spots, lists, ok)
+        place = tl.where(ok, place, 0).to(tl.int64)
+        key_at = keys + place[:, None] * HEAD_DIM + d[None, :]
         key = tl.load(key_at, mask=ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        value_at = values + row[:, None] * V_HEAD_DIM + dv[None, :]
+        value_at = values + place[:, None] * V_HEAD_DIM + dv[None, :]
         value = tl.load(value_at, mask=ok[:, None] & (dv < V_HEAD_DIM)[None, :], other=0.0)
         peak, total, acc = _absorb(query, key, value, ok, scale, peak, total, acc, DOTS, UPCAST, PRECISION)
     return peak, total, acc
@@ -313,7 +118,7 @@ def _own(r: tl.constexpr, i, j, spots, lists, PROGRAM: tl.constexpr):
     READ: tl.constexpr = word(PROGRAM, 2 + STORE_WORDS * word(PROGRAM, 0) + r)
     FULL: tl.constexpr = word(PROGRAM, READ + 4 + WALK_WORDS)
     DROPS: tl.constexpr = word(PROGRAM, READ + 5 + WALK_WORDS)
-    return _allowed(i, j, PROGRAM, FULL, DROPS, spots, lists)
+    return allowed(i, j, PROGRAM, FULL, DROPS, spots, lists)
 
 
 @triton.jit
@@ -446,10 +251,10 @@ def decode(
             own_key = tl.load(new_k + turn * k_token + d, mask=in_d, other=0.0)
             own_value = tl.load(new_v + turn * v_token + dv, mask=in_dv, other=0.0)
             for s in tl.static_range(word(PROGRAM, 0)):
-                row, member = _row(i, PROGRAM, 2 + STORE_WORDS * s, spots, lists, i >= 0)
+                place, member = row(i, PROGRAM, 2 + STORE_WORDS * s, spots, lists, i >= 0)
                 if member:
-                    tl.store(keys + row.to(tl.int64) * HEAD_DIM + d, own_key, mask=in_d)
-                    tl.store(values + row.to(tl.int64) * V_HEAD_DIM + dv, own_value, mask=in_dv)
+                    tl.store(keys + place.to(tl.int64) * HEAD_DIM + d, own_key, mask=in_d)
+                    tl.store(values + place.to(tl.int64) * V_HEAD_DIM + dv, own_value, mask=in_dv)
 
     line = (batch * heads + first_head) * TOKENS + turn  # int64; a head further on is TOKENS lines further on
     if DOTS:

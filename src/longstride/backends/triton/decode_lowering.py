@@ -124,24 +124,17 @@ class _Program:
     # ---- reads ----------------------------------------------------------------------------------------------------
 
     def read(self, read: Read) -> int:
-        term, walk = read.part.term, self.walk(read)
-        known = _known(read)
-        left = Term(
-            None if isinstance(read.walk, Steps) else term.band, tuple(r for r in term.regions if r not in known)
-        )
+        walk = self.walk(read)
         queries = self.spot(read.queries, read.queries, len(read.queries)) if read.queries else -1
-        drops = [self.conditions(before) for before in read.part.minus]
-        if read.part.skip_rows:
-            drops.append(self.conditions(Term(None, (QueryList(read.part.skip_rows),))))
-        keep, full = self.conditions(left), self.conditions(term)
+        drops = [self.conditions(term) for term in read.dropped]
+        keep, full = self.conditions(read.open), self.conditions(read.part.term)
         dropped = self.put([len(drops), *drops])
         return self.put([*walk, 2 + STORE_WORDS * read.store, queries, keep, full, dropped])
 
     def walk(self, read: Read) -> list[int]:
         match read.walk:
-            case Steps(dilation, lo, hi):
-                blocks = [region.block for region in read.part.term.find(SameBlock)]
-                words = [STEPS, dilation, lo, UNBOUNDED if hi is None else min(hi, UNBOUNDED), min(blocks, default=0)]
+            case Steps(dilation, lo, hi, block):
+                words = [STEPS, dilation, lo, UNBOUNDED if hi is None else min(hi, UNBOUNDED), block or 0]
             case Columns(group, least, most):
                 words = [COLUMNS, group.block, group.start, group.stop - group.start, least]
                 words.append(UNBOUNDED if most is None else min(most, UNBOUNDED))
@@ -186,23 +179,6 @@ class _Program:
         if tokens == tuple(range(len(tokens))):
             return first, len(tokens), 0, 0
         return any_, self.spot(tokens, tokens, len(tokens)), 0, 0
-
-
-def _known(read: Read) -> set[object]:
-    """The regions of a read's term that its walk stays within by itself."""
-    match read.walk:
-        case Steps():
-            blocks = read.part.term.find(SameBlock)
-            return set(blocks) if len(blocks) == 1 else set()
-        case Columns(group):
-            return {group}
-        case Listed(tokens):
-            return {KeyList(tokens)}
-        case Distances():
-            return set(read.part.term.find(Powers)[:1])
-        case Blocks(table, _):
-            return {table}
-    return set()
 
 
 def _of_band(band: Band | None) -> list[Condition]:
