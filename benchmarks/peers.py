@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,11 +120,12 @@ def _longstride(pattern: ls.Pattern) -> Attend:
 
 
 def choice(pattern: ls.Pattern, inputs: Inputs) -> tuple[str | None, str]:
-    """The backend that `longstride.attention` takes for these inputs, and the line of `explain` that says why."""
+    """The backends that `longstride.attention` takes for these inputs, and the lines of `explain` that say why."""
     with contextlib.redirect_stdout(io.StringIO()):
         explanation = ls.explain(inputs.q, inputs.k, inputs.v, pattern)
     lines = [line.strip() for line in str(explanation).splitlines() if ": chosen" in line]
-    return explanation.backend, lines[0] if lines else ""
+    names = dict.fromkeys(name for name in (explanation.backend, explanation.backward) if name)
+    return "+".join(names) or None, "; ".join(lines)
 
 
 def dense(case: Case) -> Iterator[Offer]:
@@ -247,7 +249,8 @@ def why(error: BaseException) -> str:
         return "out of memory"
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # colours
+    return f"{type(error).__name__}: {' '.join(text.split())}"[:300]
 
 
 @contextlib.contextmanager

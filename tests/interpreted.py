@@ -17,6 +17,7 @@ import torch
 
 from longstride.attention import forget
 from longstride.dispatch.choice import settled
+from longstride.dispatch.decoding import choose_decoder
 
 
 def _why_not() -> str:
@@ -27,6 +28,7 @@ def _why_not() -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("longstride.backends.triton.launch")
+        importlib.import_module("longstride.backends.triton.decode_kernel")
         library = importlib.import_module("triton.language")
     if type(library.sum).__name__ != "InterpretedFunction":
         return "something imported triton before this module could: run these tests alone"
@@ -45,3 +47,4 @@ def interpreter() -> Iterator[None]:
         yield
     forget()
     settled.cache_clear()
+    choose_decoder.cache_clear()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longstride.errors import ArgumentError
-from longstride.generation import START, as_text, sample_bytes
+from longstride.generation import START, as_text, cache_for, sample_bytes
 from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
 
 CONTEXT = 24
@@ -76,6 +76,31 @@ def test_window_slides_when_the_context_is_full(model):
     for byte in draw(model, prompt, 15, temperature=0):
         assert byte == int(model(input_ids=torch.tensor([tokens[-CONTEXT:]])).logits[0, -1].argmax())
         tokens.append(byte)
+
+
+@pytest.mark.parametrize("prompt", [b"", b"abc", bytes(range(CONTEXT)), bytes(range(CONTEXT - 1))], ids=len)
+def test_a_cache_changes_nothing(model, prompt):
+    """Each byte is the likeliest after a pass over everything before it, within the context and past it."""
+    tokens = list(prompt or START)
+    for byte in draw(model, prompt, CONTEXT + 3, temperature=0):
+        assert byte == int(model(input_ids=torch.tensor([tokens[-CONTEXT:]])).logits[0, -1].argmax())
+        tokens.append(byte)
+
+
+def test_within_the_context_each_byte_is_read_once(model, monkeypatch):
+    lengths = []
+    forward = model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda ids, **kwargs: lengths.append(ids.shape[1]) or forward(ids, **kwargs)
+    )
+    draw(model, b"abcdef", 8)
+    assert lengths == [6] + [1] * 7
+
+
+def test_the_cache_has_room_for_the_sample_and_no_more(model):
+    assert cache_for(model, b"abc", 8).capacity == 10
+    assert cache_for(model, b"", 0).capacity == 1
+    assert cache_for(model, b"abc", 1000).capacity == CONTEXT
 
 
 def test_empty_prompt_starts_after_a_line_end(model):

@@ -23,7 +23,7 @@ PATTERNS = (
     "per_head",
 )
 RECIPES = ("longformer", "bigbird", "mistral", "sparse_transformer_strided", "sparse_transformer_fixed", "gpt3")
-FUNCTIONS = ("attention", "explain", "plan", "parse", "reach")
+FUNCTIONS = ("attention", "attention_cached", "cache_bytes", "explain", "plan", "parse", "reach", "PatternCache")
 MODELS = ("SparseTransformerConfig", "SparseTransformerForCausalLM")
 ERRORS = (
     "LongstrideError",

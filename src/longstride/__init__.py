@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from longstride.attention import attention, explain
+from longstride.attention_cached import attention_cached
 from longstride.attention_varlen import attention_varlen
+from longstride.cache import PatternCache, cache_bytes
 from longstride.errors import (
     ArgumentError,
     CheckpointError,
@@ -61,6 +63,7 @@ __all__ = [
     "LogSparse",
     "LongstrideError",
     "Pattern",
+    "PatternCache",
     "PatternError",
     "RandomBlocks",
     "RecipeError",
@@ -70,8 +73,10 @@ __all__ = [
     "Summary",
     "UnsupportedError",
     "attention",
+    "attention_cached",
     "attention_varlen",
     "bigbird",
+    "cache_bytes",
     "explain",
     "gpt3",
     "layers_to_reach",

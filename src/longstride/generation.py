@@ -1,16 +1,18 @@
 """Sampling bytes from a model, one at a time, and reading them as text while they come.
 
-There is no key/value cache: every byte costs one pass over the window. When prompt and sample outgrow the model's
-context, the window slides: each byte is drawn from the latest ``max_position_embeddings`` bytes.
+A cache holds what the model's patterns may still read, so a byte costs what they read. When prompt and sample outgrow
+the model's context, the window slides: each byte is drawn from the latest ``max_position_embeddings`` bytes. Every
+position then changes with every byte, so that nothing is kept, and each byte costs a pass over the window.
 """
 
 import codecs
 from collections.abc import Iterable, Iterator
 
 import torch
-from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from longstride.errors import ArgumentError
+from longstride.models import DecodeGraph, SparseTransformerCache, SparseTransformerForCausalLM, graph_obstacle
 
 # Stands before the first byte when there is no prompt, because a model needs something to go on from; it is not part
 # of the sample. A line begins after it.
@@ -18,11 +20,12 @@ START = b"\n"
 
 
 def sample_bytes(
-    model: PreTrainedModel,
+    model: SparseTransformerForCausalLM,
     prompt: bytes,
     length_bytes: int,
     *,
     generator: torch.Generator,
+    cache: SparseTransformerCache | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -34,6 +37,7 @@ def sample_bytes(
         prompt: bytes to continue; `START` stands in for an empty one.
         length_bytes: how many bytes to draw.
         generator: on the CPU; the same state gives the same bytes.
+        cache: a fresh one of `cache_for`; made here when not given.
         temperature: divides the logits; 0 takes the likeliest byte.
         top_k: draw from the k likeliest bytes only.
         top_p: draw from the fewest bytes whose probabilities sum to p.
@@ -60,25 +64,41 @@ def sample_bytes(
         warpers.append(TopKLogitsWarper(top_k))
     if top_p is not None and top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
-    return _draw(model, prompt or START, length_bytes, generator, warpers, greedy=temperature == 0)
+    cache = cache_for(model, prompt, length_bytes) if cache is None else cache
+    return _draw(model, prompt or START, length_bytes, generator, cache, warpers, greedy=temperature == 0)
+
+
+def cache_for(model: SparseTransformerForCausalLM, prompt: bytes, length_bytes: int) -> SparseTransformerCache:
+    """A cache with room for the prompt and a sample, as far as the model's context goes."""
+    # The last byte that is drawn is never read.
+    longest = max(1, len(prompt or START) + length_bytes - 1)
+    return SparseTransformerCache(model.config, capacity=min(longest, model.config.max_position_embeddings))
 
 
 @torch.no_grad()
 def _draw(
-    model: PreTrainedModel,
+    model: SparseTransformerForCausalLM,
     prompt: bytes,
     length_bytes: int,
     generator: torch.Generator,
+    cache: SparseTransformerCache,
     warpers: list,
     greedy: bool,
 ) -> Iterator[bytes]:
     context = model.config.max_position_embeddings
     tokens = torch.tensor([list(prompt)], device=model.device)
     model.eval()
+    graph: DecodeGraph | None = None
     for _ in range(length_bytes):
-        tokens = tokens[:, -context:]
+        if tokens.shape[1] > context:
+            logits = model(input_ids=tokens[:, -context:], logits_to_keep=1).logits[:, -1]
+        elif tokens.shape[1] > cache.seen + 1 or graph_obstacle(model, cache) is not None:
+            logits = model(input_ids=tokens[:, cache.seen :], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        else:
+            graph = DecodeGraph(model, cache) if graph is None else graph
+            logits = graph.step(tokens[:, -1])
         # float32 on the CPU, so that a seed means the same draw from the same logits everywhere.
-        logits = model(input_ids=tokens).logits[:, -1].float().cpu()
+        logits = logits.float().cpu()
         for warper in warpers:
             logits = warper(tokens.cpu(), logits)
         if greedy:

@@ -1,5 +1,7 @@
 """``longstride sample`` from the outside."""
 
+import re
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -56,7 +58,21 @@ def test_text_is_shown_as_it_comes(folder, monkeypatch):
     monkeypatch.setattr("longstride.generation.sample_bytes", draws)
     monkeypatch.setattr("typer.echo", lambda text="", **_: events.append(f"show {text}"))
     assert sample(str(folder)).exit_code == 0
-    assert events == ["show ", "draw x", "show x", "draw y", "show y", "draw z", "show z", "show "]
+    *text, figures = events
+    assert text == ["show ", "draw x", "show x", "draw y", "show y", "draw z", "show z", "show "]
+    assert "tokens/s" in figures
+
+
+def test_speed_and_memory_go_to_the_standard_error(folder):
+    result = sample(str(folder), "--length", "20")
+    found = re.fullmatch(
+        r"([\d,]+) tokens/s after the first; the cache of keys and values took ([\d,]+) bytes\n", result.stderr
+    )
+    assert found is not None, result.stderr
+    assert int(found[1].replace(",", "")) > 0
+    # Two heads of 8 numbers, keys and values, in float32: the window of 4, two rows to spare; and the row's length.
+    assert found[2] == f"{2 * 4 * 8 * (2 * 4 + 2) + 8}"
+    assert "tokens/s" not in sample(str(folder), "--length", "1").stderr
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,16 @@ def test_defaults_are_derived():
     made = config(patterns=["Local(8)", "Strided(8)"])
     assert (made.intermediate_size, made.qk_hidden_size, made.position_axes) == (64, 16, [8, 8])
     assert made.tie_word_embeddings is False
-    assert made.use_cache is False
+    assert made.use_cache is True
     assert made.attention_backend is None
+
+
+def test_a_training_s_use_cache_does_not_stick():
+    made = config(use_cache=False)
+    assert made.use_cache is True
+    made.use_cache = False  # as the Trainer does
+    made.resolve()
+    assert made.use_cache is True
 
 
 def test_patterns_cycle_over_the_layers():

@@ -84,8 +84,11 @@ def test_generation_up_to_the_context_and_not_past_it(make_model, tokens):
         model.generate(prompt, max_new_tokens=9, do_sample=False)
 
 
-def test_a_cache_is_refused(make_model, tokens):
+def test_other_caches_are_refused(make_model, tokens):
     from transformers import DynamicCache
 
-    with pytest.raises(UnsupportedError, match="no key/value cache"):
-        make_model().generate(tokens, past_key_values=DynamicCache(), max_new_tokens=2)
+    model = make_model()
+    with pytest.raises(ArgumentError, match="past_key_values is DynamicCache"):
+        model.generate(tokens, max_new_tokens=2, do_sample=False, past_key_values=DynamicCache())
+    with pytest.raises(UnsupportedError, match="cache_implementation='static': this model has a cache of its own"):
+        model.generate(tokens, max_new_tokens=2, do_sample=False, cache_implementation="static")

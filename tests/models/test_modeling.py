@@ -249,8 +249,8 @@ def test_compiles_without_a_graph_break(make_model, tokens):
         ),
         (
             {"input_ids": torch.zeros(1, 4, dtype=torch.long), "past_key_values": ()},
-            UnsupportedError,
-            "no key/value cache",
+            ArgumentError,
+            "past_key_values is tuple: this model's cache is a SparseTransformerCache",
         ),
         (
             {"input_ids": torch.zeros(1, 4, dtype=torch.long), "output_attentions": True},

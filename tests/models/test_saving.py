@@ -31,7 +31,7 @@ def test_a_plain_from_pretrained_gives_identical_logits(make_model, tokens, tmp_
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(loaded.eval()(tokens).logits, model(tokens).logits)
     assert loaded.config.patterns == model.config.patterns
-    assert loaded.generation_config.use_cache is False
+    assert loaded.generation_config.use_cache is True
 
 
 def test_the_file_holds_every_weight_and_there_are_no_buffers(make_model, tmp_path):

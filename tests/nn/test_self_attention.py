@@ -73,3 +73,19 @@ def test_the_named_backend_is_asked_for(monkeypatch, backend):
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ArgumentError, match="backend='quantum': known backends are"):
         SelfAttention(ls.Local(4), hidden_size=8, num_heads=2, backend="quantum")
+
+
+@pytest.mark.parametrize("text", ["Fixed(4, 1)", "per_head(Local(3), Strided(4))"])
+def test_a_layer_with_a_cache_goes_on_where_it_was(text):
+    torch.manual_seed(0)
+    layer = SelfAttention(ls.parse(text), hidden_size=16, num_heads=4, qk_hidden_size=8).double()
+    x = torch.randn(2, 20, 16, dtype=torch.float64)
+    cache = ls.PatternCache(
+        layer.pattern, capacity=20, batch=2, num_heads=4, head_dim=2, v_head_dim=4, dtype=torch.float64
+    )
+    outs = []
+    with torch.no_grad():
+        for part in x.split([9, 1, 1, 5, 4], dim=1):
+            outs.append(layer(part, cache))
+            cache.advance()
+        torch.testing.assert_close(torch.cat(outs, 1), layer(x))

@@ -1,5 +1,6 @@
 """``longstride sample``: text from a model, shown while it is drawn."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -25,29 +26,47 @@ def sample(
     """Let a model write, from a prompt or from nothing.
 
     The text appears as it is drawn, after the prompt. When prompt and sample are longer than the model's context, the
-    model goes on from the latest bytes that fit.
+    model goes on from the latest bytes that fit, which is slower. At the end, how fast it was and what its cache took
+    go to the standard error.
     """
+    from time import perf_counter
+
     import torch
 
     from longstride.cli.saved import load_model
     from longstride.errors import ArgumentError
-    from longstride.generation import as_text, sample_bytes
+    from longstride.generation import as_text, cache_for, sample_bytes
     from longstride.training import resolve_device
 
     if not 0 <= seed < 2**63:
         raise ArgumentError(f"--seed {seed}: it must be from 0 to 2^63 - 1")
     model = load_model(run, resolve_device(device))
+    # A terminal may hand over bytes that are not UTF-8; they are bytes like any others here.
+    given = prompt.encode(errors="surrogateescape")
+    cache = cache_for(model, given, max(0, length))
     pieces = sample_bytes(
         model,
-        # A terminal may hand over bytes that are not UTF-8; they are bytes like any others here.
-        prompt.encode(errors="surrogateescape"),
+        given,
         length,
         generator=torch.Generator().manual_seed(seed),
+        cache=cache,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
     )
+    times: list[float] = []
+
+    def timed() -> Iterator[bytes]:
+        for piece in pieces:
+            times.append(perf_counter())
+            yield piece
+
     typer.echo(prompt, nl=False)
-    for text in as_text(pieces):
+    for text in as_text(timed()):
         typer.echo(text, nl=False)
     typer.echo()
+    taken = f"the cache of keys and values took {cache.nbytes:,} bytes"
+    if len(times) > 1:
+        # The first byte also costs the prompt.
+        taken = f"{(len(times) - 1) / (times[-1] - times[0]):,.0f} tokens/s after the first; {taken}"
+    typer.echo(taken, err=True)

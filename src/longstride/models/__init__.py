@@ -7,7 +7,9 @@ of ``longstride.SparseTransformerConfig`` or ``longstride.SparseTransformerForCa
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from longstride.models.cache import SparseTransformerCache
 from longstride.models.configuration import SparseTransformerConfig
+from longstride.models.decode_graph import DecodeGraph, graph_obstacle
 from longstride.models.modeling import SparseTransformerForCausalLM, SparseTransformerModel
 from longstride.models.schedule import layer_patterns
 from longstride.models.summary import ParameterCount, parameter_count
@@ -17,10 +19,13 @@ AutoModel.register(SparseTransformerConfig, SparseTransformerModel, exist_ok=Tru
 AutoModelForCausalLM.register(SparseTransformerConfig, SparseTransformerForCausalLM, exist_ok=True)
 
 __all__ = [
+    "DecodeGraph",
     "ParameterCount",
+    "SparseTransformerCache",
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
     "SparseTransformerModel",
+    "graph_obstacle",
     "layer_patterns",
     "parameter_count",
 ]

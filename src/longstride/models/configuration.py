@@ -43,7 +43,8 @@ class SparseTransformerConfig(PreTrainedConfig):
             is not available.
         tie_word_embeddings: use the token embeddings as logit weights. Off in the paper, whose logit weights
             start at zero.
-        use_cache: kept off; generation recomputes the whole sequence for every token.
+        use_cache: always True, whatever was given, because the Trainer writes False into the configurations of the
+            models that it trains: ``generate()`` keeps a cache unless it is called with ``use_cache=False``.
         bos_token_id, eos_token_id, pad_token_id: as everywhere in transformers; None unless given.
 
     Raises:
@@ -71,7 +72,7 @@ class SparseTransformerConfig(PreTrainedConfig):
     initializer_scale: float = 0.125
     attention_backend: str | None = None
     tie_word_embeddings: bool = False
-    use_cache: bool = False
+    use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -86,6 +87,7 @@ class SparseTransformerConfig(PreTrainedConfig):
         Raises:
             ArgumentError, PatternError: as the class says.
         """
+        self.use_cache = True
         for name in (
             "vocab_size",
             "hidden_size",

@@ -4,14 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from longstride.cache import PatternCache
 from longstride.errors import ArgumentError, UnsupportedError
+from longstride.models.cache import SparseTransformerCache
 from longstride.models.configuration import SparseTransformerConfig
-from longstride.models.padding import RowShift, check_positions
+from longstride.models.padding import ChunkShift, RowShift, check_positions
 from longstride.models.schedule import layer_patterns
 from longstride.nn import (
     FactorizedPositions,
@@ -21,6 +24,9 @@ from longstride.nn import (
     SelfAttention,
     initialize_,
 )
+
+#: How many guessed tokens assisted generation can take back; its assistants guess 20 at a time, or a few more.
+ASSISTED_HEADROOM = 128
 
 
 class SparseTransformerBlock(GradientCheckpointingLayer, ResidualBlock):
@@ -93,30 +99,31 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: SparseTransformerCache | None = None,
+        use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPast:
         """Hidden states of every token.
 
         Args:
             input_ids: int64[batch, length].
             attention_mask: [batch, length], nonzero where the token is real. Padding may stand on the left, on the
                 right or on both sides of a row's content; every row comes out as if it stood alone. What comes out
-                at padding means nothing.
+                at padding means nothing. With a cache it is [batch, tokens seen + length], of the earlier tokens too.
             position_ids: int64[batch or 1, length]; accepted where it says what is the case anyway: positions count
                 from each row's first real token.
             inputs_embeds: float[batch, length, hidden_size], instead of input_ids; positions are added to it.
-            past_key_values: refused; there is no key/value cache.
+            past_key_values: keys and values of earlier tokens, which the given ones follow; these are added to it.
+            use_cache: True makes a cache for config.max_position_embeddings tokens where none is given.
             output_hidden_states: also return the embeddings and every block's output, the last one after the norm.
 
         Raises:
             ArgumentError: not exactly one of input_ids and inputs_embeds; a sequence longer than
-                config.max_position_embeddings; a mask with padding inside the content; other positions.
-            UnsupportedError: a cache or attention weights are asked for.
+                config.max_position_embeddings; a mask with padding inside the content; other positions; another kind
+                of cache, or one without room.
+            UnsupportedError: attention weights are asked for, or gradients with a cache.
         """
-        if past_key_values is not None:
-            raise UnsupportedError("this model has no key/value cache: leave past_key_values out, with use_cache=False")
         if kwargs.get("output_attentions"):
             raise UnsupportedError(
                 "sparse attention never forms its weights, so output_attentions=True has nothing to return: leave it "
@@ -129,34 +136,67 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         assert inputs is not None
         batch, length = inputs.shape[:2]
-        if length > self.config.max_position_embeddings:
+        cache = self._cache(past_key_values, use_cache)
+        seen = 0 if cache is None else cache.seen
+        if seen + length > self.config.max_position_embeddings:
             raise ArgumentError(
-                f"the sequence has {length} tokens and max_position_embeddings={self.config.max_position_embeddings}: "
-                "shorten it, or train a model with a longer context"
+                f"the sequence has {seen + length} tokens and max_position_embeddings="
+                f"{self.config.max_position_embeddings}: shorten it, or train a model with a longer context"
             )
-        shift = None
-        if attention_mask is not None:
+        rows: PatternCache | None = None
+        shift, counts = None, None
+        if cache is not None:
+            rows = cache.rows_for(batch, self.embed_tokens.weight.dtype, inputs.device)
+            if attention_mask is not None:
+                chunk = ChunkShift(attention_mask, rows.lengths, seen, length)
+                shift, counts = chunk.shift, chunk.counts
+        elif attention_mask is not None:
             shift = RowShift(attention_mask, batch, length)
+        if shift is not None:
             inputs = shift.roll(inputs)
         if position_ids is not None:
-            check_positions(position_ids, batch, length, shift)
+            check_positions(position_ids, batch, length, shift, None if rows is None else rows.lengths)
         hidden = self.embed_tokens(inputs) if inputs_embeds is None else inputs
-        hidden = hidden + self.embed_positions(torch.arange(length, device=hidden.device))
+        positions = torch.arange(length, device=hidden.device)
+        if rows is not None:
+            # What stands behind a row's real tokens has no position; any will do.
+            positions = (rows.lengths[:, None] + positions).clamp(max=self.config.max_position_embeddings - 1)
+        hidden = hidden + self.embed_positions(positions)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(hidden)
-            hidden = layer(hidden)
+            for_attention = {} if rows is None else {"cache": rows, "layer": index, "counts": counts}
+            hidden = layer(hidden, **for_attention)
         states.append(self.norm(hidden))
+        if cache is not None:
+            cache.advance(length)
 
         if shift is not None:
             states = [shift.unroll(state) for state in states]
-        return BaseModelOutput(
-            last_hidden_state=states[-1], hidden_states=tuple(states) if output_hidden_states else None
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=cache,
+            hidden_states=tuple(states) if output_hidden_states else None,
         )
+
+    def _cache(self, given: Any, use_cache: bool | None) -> SparseTransformerCache | None:
+        if given is None:
+            return SparseTransformerCache(self.config) if use_cache else None
+        if not isinstance(given, SparseTransformerCache):
+            raise ArgumentError(
+                f"past_key_values is {type(given).__name__}: this model's cache is a SparseTransformerCache, which "
+                "generate() makes by itself; leave it out"
+            )
+        if len(given.patterns) != len(self.layers):
+            raise ArgumentError(
+                f"past_key_values was made for {len(given.patterns)} layers and this model has {len(self.layers)}: "
+                "make a SparseTransformerCache of its config"
+            )
+        return given
 
 
 class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationMixin):
@@ -189,12 +229,13 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: SparseTransformerCache | None = None,
+        use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given; the other arguments are :class:`SparseTransformerModel`'s.
 
         Args:
@@ -210,6 +251,7 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
+            use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=kwargs.pop("output_attentions", None),
             return_dict=True,
@@ -219,34 +261,32 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
 
-    def prepare_inputs_for_generation(
+    def _prepare_cache_for_generation(
         self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,  # noqa: ARG002 (what a cache has not seen: here, nothing is seen)
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,  # noqa: ARG002 (every step is like the first)
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The whole sequence so far, for every new token: without a cache, each step starts from the beginning."""
-        if past_key_values is not None:
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """The cache of a call of ``generate()``, for as many tokens as it may come to."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            # Its annotation of self asks for more than a model with generate() has.
+            prepare: Any = super()._prepare_cache_for_generation
+            return prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if generation_config.cache_implementation is not None:
             raise UnsupportedError(
-                "this model has no key/value cache: call generate() without past_key_values, with use_cache=False"
+                f"cache_implementation={generation_config.cache_implementation!r}: this model has a cache of its own, "
+                "which keeps what its patterns may still read; leave it out"
             )
-        inputs: dict[str, Tensor | None] = {"input_ids": input_ids}
-        if inputs_embeds is not None:
-            # The prompt came as embeddings; input_ids ends with the tokens generated since. generate() counts them all
-            # in position_ids, and leaves attention_mask out where nothing is padded.
-            generated = kwargs["position_ids"].shape[-1] - inputs_embeds.shape[1]
-            new_ids = input_ids[:, input_ids.shape[1] - generated :]
-            embeds = torch.cat([inputs_embeds, self.model.embed_tokens(new_ids).to(inputs_embeds.dtype)], dim=1)
-            inputs = {"input_ids": None, "inputs_embeds": embeds}
-        passed = ("position_ids", "logits_to_keep", "output_hidden_states", "output_attentions")
-        return {**inputs, "attention_mask": attention_mask, **{name: kwargs[name] for name in passed if name in kwargs}}
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
+        longest, headroom = self.config.max_position_embeddings, 0
+        if generation_config.is_assistant:  # its cache outlives the call, and grows with the text
+            max_cache_length, headroom = longest, ASSISTED_HEADROOM
+        elif generation_mode == GenerationMode.ASSISTED_GENERATION:  # guesses may go past the end
+            max_cache_length, headroom = max_cache_length + ASSISTED_HEADROOM, ASSISTED_HEADROOM
+        capacity = max(1, min(max_cache_length, longest))
+        model_kwargs["past_key_values"] = SparseTransformerCache(self.config, capacity, headroom)

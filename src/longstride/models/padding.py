@@ -30,10 +30,10 @@ class RowShift:
                 f"attention_mask has shape {tuple(attention_mask.shape)}: it must be [batch, length] = "
                 f"{(batch, length)} and say which tokens are real; what attends to what is in config.patterns"
             )
-        real = attention_mask != 0
+        self.mask = attention_mask != 0
         # argmax takes the first of equals: the first real token, and 0 in a row of padding.
-        self.first = real.int().argmax(dim=1)
-        self.real = self.roll(real)
+        self.first = self.mask.int().argmax(dim=1)
+        self.real = self.roll(self.mask)
         holes = self.real[:, 1:] & ~self.real[:, :-1]
         _check(
             ~holes.any(),
@@ -55,11 +55,47 @@ class RowShift:
         return rows[torch.arange(batch, device=rows.device)[:, None], source]
 
 
-def check_positions(position_ids: Tensor, batch: int, length: int, shift: RowShift | None) -> None:
+class ChunkShift:
+    """A chunk of a padded batch whose earlier tokens a cache has: how it is rolled, and how many tokens are real.
+
+    Args:
+        attention_mask: bool, int or float[batch, seen + length], as for `RowShift`: of the earlier tokens too.
+        lengths: int64[batch]: how many real tokens of each row the cache was given.
+        seen: tokens that it was given, padding included.
+        length: tokens of the chunk.
+
+    Attributes:
+        shift: rolls every row's real tokens to the chunk's start; None where all tokens are real.
+        counts: int64[batch], the real tokens of each row; None where all are.
+
+    Raises:
+        ArgumentError: as `RowShift`; or the mask says something else of the earlier tokens than they came with.
+    """
+
+    def __init__(self, attention_mask: Tensor, lengths: Tensor, seen: int, length: int) -> None:
+        batch = len(lengths)
+        real = RowShift(attention_mask, batch, seen + length).mask
+        _check(
+            (real[:, :seen].sum(1) == lengths).all(),
+            f"attention_mask has other real tokens among the first {seen} than the cache was given: pass the mask of "
+            "all tokens, the earlier ones as they were",
+        )
+        chunk = real[:, seen:]
+        self.shift: RowShift | None = None
+        self.counts: Tensor | None = None
+        if not chunk.all():
+            self.shift = RowShift(chunk, batch, length)
+            self.counts = chunk.sum(1)
+
+
+def check_positions(
+    position_ids: Tensor, batch: int, length: int, shift: RowShift | None, lengths: Tensor | None = None
+) -> None:
     """Raise unless position_ids, int[batch or 1, length], count 0, 1, 2, ... from each row's first real token.
 
     Args:
         shift: where the real tokens stand; None when all are real. What stands at padding does not matter.
+        lengths: int64[batch]: real tokens of each row that came before; 0 when not given.
 
     Raises:
         ArgumentError: another shape, or other positions.
@@ -69,6 +105,7 @@ def check_positions(position_ids: Tensor, batch: int, length: int, shift: RowShi
             f"position_ids has shape {tuple(position_ids.shape)}: it must be [batch, length] = {(batch, length)}"
         )
     counted = torch.arange(length, device=position_ids.device)
+    counted = counted if lengths is None else lengths[:, None] + counted
     if shift is None:
         agree = position_ids == counted
     else:

@@ -1,5 +1,7 @@
 """Residual blocks: how attention and feed-forward are added to the residual stream."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -40,6 +42,7 @@ class ResidualBlock(nn.Module):
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden)))
+    def forward(self, hidden: Tensor, **for_attention: Any) -> Tensor:
+        """The block; what else is given goes to the attention, such as its cache."""
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), **for_attention))
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 
 from longstride.attention import BACKENDS, attention
+from longstride.attention_cached import attention_cached
+from longstride.cache import PatternCache
 from longstride.errors import ArgumentError
 from longstride.nn.initialization import ResidualProjection
 from longstride.patterns import Pattern
@@ -55,7 +57,17 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(hidden_size, sum(self.widths), bias=False)
         self.out_proj = ResidualProjection(hidden_size, hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, cache: PatternCache | None = None, layer: int = 0, counts: Tensor | None = None
+    ) -> Tensor:
+        """Attend within [B, T, d], or with a cache also to the tokens that it was given before.
+
+        Args:
+            hidden: float[batch, length, hidden_size].
+            cache: what is kept of earlier tokens; it takes the new ones. The caller ends the step with its `advance`.
+            layer: which of the cache's layers this is.
+            counts: int64[batch]: with a cache, how many of each row's tokens there are, the first ones.
+        """
         batch, length, _ = hidden.shape
         q, k, v = (
             projected.view(batch, length, self.num_heads, width // self.num_heads).transpose(
@@ -63,7 +75,10 @@ class SelfAttention(nn.Module):
             )  # [B, H, T, head_dim]
             for projected, width in zip(self.qkv_proj(hidden).split(self.widths, dim=-1), self.widths, strict=True)
         )
-        attended = attention(q, k, v, self.pattern, backend=self.backend)
+        if cache is None:
+            attended = attention(q, k, v, self.pattern, backend=self.backend)
+        else:
+            attended = attention_cached(q, k, v, self.pattern, cache, layer=layer, counts=counts, backend=self.backend)
         assert isinstance(attended, Tensor)  # a pair comes with return_lse alone
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
