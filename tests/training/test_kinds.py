@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from longstride.cli import app
 from longstride.errors import ArgumentError, DataError, RecipeError
-from longstride.models import SparseTransformerForCausalLM
+from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
 from longstride.training import Recipe, evaluate, kind_of, model_config
 from longstride.training.evaluation import record_spans
 
@@ -68,6 +68,31 @@ def test_images_are_guessed_trained_on_sampled_and_measured_whole(here, pictures
     assert json.loads(again.output)["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-5)
     other = CliRunner().invoke(app, ["evaluate", "run", "--data", "pictures/00.png", "--device", "cpu"])
     assert "over 47 dims" in other.output, other.output
+
+
+def test_images_can_be_sampled_again(here, pictures):  # noqa: ARG001 - the folder that is trained on
+    assert train("--data", "pictures", "--context", "48", *TINY).exit_code == 0
+    (here / "run" / "samples" / "sample-1.png").unlink()
+    result = CliRunner().invoke(app, ["sample", "run", "--length", "9", "--seed", "3", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "the last 9 of 48 dims are the model's" in result.output
+    test = np.fromfile(here / "run" / "data" / "test.bin", np.uint8)
+    with Image.open(here / "run" / "samples" / "sample-1.png") as image:
+        assert np.asarray(image).reshape(-1)[:39].tolist() == test[:39].tolist()
+    refused = CliRunner().invoke(app, ["sample", "run", "--prompt", "def ", "--device", "cpu"])
+    assert refused.exit_code == 2
+    assert "--prompt 'def ': run is of images" in refused.output
+
+
+def test_a_model_of_other_tokens_says_that_it_writes_no_text(here):
+    config = SparseTransformerConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32,
+        patterns=["Local(4)"],
+    )  # fmt: skip
+    SparseTransformerForCausalLM(config).save_pretrained(here / "saved")
+    result = CliRunner().invoke(app, ["sample", "saved", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "knows 30 tokens, which are no bytes" in result.output
 
 
 @pytest.mark.usefixtures("pictures")
