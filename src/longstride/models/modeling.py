@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -13,6 +14,7 @@ from transformers.utils import can_return_tuple
 from longstride.cache import PatternCache
 from longstride.errors import ArgumentError, UnsupportedError
 from longstride.models.cache import SparseTransformerCache
+from longstride.models.causal_loss import chunked_causal_loss
 from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.padding import ChunkShift, RowShift, check_positions
 from longstride.models.schedule import layer_patterns
@@ -238,6 +240,10 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given; the other arguments are :class:`SparseTransformerModel`'s.
 
+        A call for the loss in training (``model.train()``, labels, all positions) forms the logits a chunk of tokens at
+        a time, twice, and keeps none of them: its ``logits`` are None, and the loss costs no memory that grows with
+        length x vocab_size. ``model.eval()`` has both, and so has a ``loss_function`` of one's own.
+
         Args:
             labels: int64[batch, length], usually the input_ids themselves: they are shifted inside, so that the
                 logits at position t are held against labels[:, t + 1]. Places with -100 do not count.
@@ -257,10 +263,13 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits, loss = None, None
+        if self.training and labels is not None and kept == slice(0, None) and self.loss_function is ForCausalLMLoss:
+            loss = chunked_causal_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
+        else:
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
