@@ -11,6 +11,7 @@ from longstride.models.cache import SparseTransformerCache
 from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.decode_graph import DecodeGraph, graph_obstacle
 from longstride.models.modeling import SparseTransformerForCausalLM, SparseTransformerModel
+from longstride.models.recomputation import RECOMPUTE, recompute_in_backward
 from longstride.models.schedule import layer_patterns
 from longstride.models.summary import ParameterCount, parameter_count
 
@@ -19,6 +20,7 @@ AutoModel.register(SparseTransformerConfig, SparseTransformerModel, exist_ok=Tru
 AutoModelForCausalLM.register(SparseTransformerConfig, SparseTransformerForCausalLM, exist_ok=True)
 
 __all__ = [
+    "RECOMPUTE",
     "DecodeGraph",
     "ParameterCount",
     "SparseTransformerCache",
@@ -28,4 +30,5 @@ __all__ = [
     "graph_obstacle",
     "layer_patterns",
     "parameter_count",
+    "recompute_in_backward",
 ]

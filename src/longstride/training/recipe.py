@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from longstride.errors import PatternError, RecipeError
+from longstride.models import RECOMPUTE
 from longstride.patterns import parse
 
 
@@ -98,7 +99,8 @@ class RunRecipe:
         validation_windows: windows of the validation split that each periodic evaluation reads.
         keep_checkpoints: how many of the newest are kept.
         time_limit_s: stop after so many seconds of training in this process; None for no limit.
-        gradient_checkpointing: recompute each block in the backward pass, to save memory.
+        recompute: what the backward pass computes again, to save memory: ``nothing``, ``blocks``, or
+            ``all_but_attention``; see `longstride.models.recompute_in_backward`.
         tensorboard: write event files too.
     """
 
@@ -111,7 +113,7 @@ class RunRecipe:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     time_limit_s: float | None = None
-    gradient_checkpointing: bool = False
+    recompute: str = "nothing"
     tensorboard: bool = False
 
 
@@ -199,7 +201,11 @@ class Recipe:
                 raise RecipeError(f"{key} is {self.value(key)}: it must be above 0")
         if self.sample.top_p is not None and not 0 < self.sample.top_p <= 1:
             raise RecipeError(f"sample.top_p is {self.sample.top_p}: it must be above 0 and at most 1")
-        for key, allowed in (("run.precision", PRECISIONS), ("run.device", DEVICES)):
+        for key, allowed in (
+            ("run.precision", PRECISIONS),
+            ("run.device", DEVICES),
+            ("run.recompute", RECOMPUTE),
+        ):
             if self.value(key) not in allowed:
                 raise RecipeError(f"{key} is {self.value(key)!r}: it must be one of {', '.join(allowed)}")
         if self.data.context < 2:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from longstride.data import EvenWindows, PreparedData, RandomWindows
 from longstride.errors import ArgumentError
-from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
+from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM, recompute_in_backward
 from longstride.training.checkpoints import latest_sound
 from longstride.training.curve import Curve
 from longstride.training.folder import RunFolder
@@ -109,9 +109,7 @@ def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[
     # Trainer seeds the global generators as well, which dropout draws from.
     set_seed(recipe.run.seed)
     model = SparseTransformerForCausalLM(model_config(recipe))
-    if recipe.run.gradient_checkpointing:
-        # transformers 5.23 has renamed it.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    recompute_in_backward(model, recipe.run.recompute)
     schedule = recipe.schedule
     windows = schedule.steps * schedule.batch_size * schedule.gradient_accumulation_steps
     context = recipe.data.context
