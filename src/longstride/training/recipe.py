@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from longstride.errors import PatternError, RecipeError
-from longstride.models import RECOMPUTE
+from longstride.models import BLOCKS, RECOMPUTE
 from longstride.patterns import parse
 
 
@@ -39,8 +39,11 @@ class ModelRecipe:
 
     Args:
         patterns: pattern texts, cycled over the layers.
-        intermediate_size: width of the feed-forward network; None for 4 * hidden_size.
+        block: ``sparse_transformer``, the paper's, or ``modern``.
+        intermediate_size: width of the feed-forward network; None for 4 * hidden_size, in the modern block 8/3 of it.
         qk_hidden_size: width of queries and keys, all heads together; None for hidden_size.
+        position_axes: sizes of the position embeddings' axes, slowest first, such as (32, 32, 3) for an image's rows,
+            columns and channels; None for rows and columns as wide as the patterns' stride.
         initializer_scale: weights start with standard deviation initializer_scale / sqrt(fan-in); the paper has 0.125,
             a small model learns faster from 1.
         attention_backend: a backend of `longstride.attention` by name; None for the fastest that fits.
@@ -50,8 +53,10 @@ class ModelRecipe:
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
+    block: str = "sparse_transformer"
     intermediate_size: int | None = None
     qk_hidden_size: int | None = None
+    position_axes: tuple[int, ...] | None = None
     dropout: float = 0.0
     initializer_scale: float = 1.0
     tie_word_embeddings: bool = False
@@ -205,6 +210,7 @@ class Recipe:
             ("run.precision", PRECISIONS),
             ("run.device", DEVICES),
             ("run.recompute", RECOMPUTE),
+            ("model.block", BLOCKS),
         ):
             if self.value(key) not in allowed:
                 raise RecipeError(f"{key} is {self.value(key)!r}: it must be one of {', '.join(allowed)}")
@@ -377,9 +383,9 @@ def _convert(value: typing.Any, hint: typing.Any) -> typing.Any:
     if hint is str and isinstance(value, str):
         return value
     if typing.get_origin(hint) is tuple:
-        if isinstance(value, str):
-            return (value,)
-        if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
-            return tuple(value)
-        raise ValueError("a text or a list of texts")
+        kind, names = typing.get_args(hint)[0], {str: "a text or a list of texts", int: "a list of whole numbers"}
+        try:
+            return tuple(_convert(entry, kind) for entry in (value if isinstance(value, list | tuple) else [value]))
+        except ValueError as error:
+            raise ValueError(names[kind]) from error
     raise ValueError({bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint])

@@ -13,7 +13,12 @@ from transformers import TrainingArguments, set_seed
 
 from longstride.data import EvenWindows, PreparedData, RandomWindows
 from longstride.errors import ArgumentError
-from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM, recompute_in_backward
+from longstride.models import (
+    SparseTransformerConfig,
+    SparseTransformerForCausalLM,
+    check_recomputation,
+    recompute_in_backward,
+)
 from longstride.training.checkpoints import latest_sound
 from longstride.training.curve import Curve
 from longstride.training.folder import RunFolder
@@ -66,8 +71,10 @@ def model_config(recipe: Recipe) -> SparseTransformerConfig:
 
     Raises:
         ArgumentError: values that do not fit together, such as heads that do not divide the width.
+        UnsupportedError: the attention's outputs cannot be kept with the backend that the recipe names.
     """
     model = recipe.model
+    check_recomputation(recipe.run.recompute, model.attention_backend)
     return SparseTransformerConfig(
         vocab_size=256,
         max_position_embeddings=recipe.data.context,
@@ -75,8 +82,10 @@ def model_config(recipe: Recipe) -> SparseTransformerConfig:
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_hidden_layers,
         num_attention_heads=model.num_attention_heads,
+        block=model.block,
         intermediate_size=model.intermediate_size,
         qk_hidden_size=model.qk_hidden_size,
+        position_axes=None if model.position_axes is None else list(model.position_axes),
         dropout=model.dropout,
         initializer_scale=model.initializer_scale,
         tie_word_embeddings=model.tie_word_embeddings,
