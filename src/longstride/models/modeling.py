@@ -249,7 +249,8 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = None, None
-        if self.training and labels is not None and kept == slice(0, None) and self.loss_function is ForCausalLMLoss:
+        every = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if self.training and labels is not None and every and self.loss_function is ForCausalLMLoss:
             loss = chunked_causal_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
         else:
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
