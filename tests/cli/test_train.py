@@ -250,3 +250,31 @@ def test_cuda_without_cuda(here, monkeypatch):
 def test_fp16_on_the_cpu():
     result = train("--data", "text.txt", "--output", "a", "--device", "cpu", "--precision", "fp16")
     assert_refused(result, "--precision fp16 needs a GPU: use bf16 or fp32")
+
+
+def test_scale_makes_another_size_of_the_recipe(here):
+    options = ("--context", "32", "--device", "cpu", "--steps", "1", "--set", "sample.count=0")
+    result = train("--data", "text.txt", "--output", "runs/s", "--scale", "1/8", "--batch-size", "1", *options)
+    assert result.exit_code == 0, result.output
+    model = yaml.safe_load((here / "runs/s/recipe.yaml").read_text())["model"]
+    assert (model["hidden_size"], model["num_hidden_layers"], model["num_attention_heads"]) == (64, 2, 4)
+    assert "2 layers" in result.output
+    # What is named beside it stands.
+    result = train(
+        "--data", "text.txt", "--output", "runs/t", "--scale", "1/8", "--set", "model.hidden_size=16", *options
+    )
+    assert yaml.safe_load((here / "runs/t/recipe.yaml").read_text())["model"]["hidden_size"] == 16
+    assert_refused(
+        train("--output", "runs/s", "--resume", "--scale", "1/8"), "--scale 1/8 with --resume", "leave --scale"
+    )
+
+
+def test_other_scales_are_refused(here):
+    assert_refused(train("--data", "text.txt", "--scale", "9"), "--scale 9", "from 1/64 to 4")
+    assert not (here / "runs").exists()
+
+
+def test_recomputation_that_cannot_be_is_refused_before_anything_is_written(here):
+    options = ("--set", "run.recompute=all_but_attention", "--set", "model.attention_backend=reference")
+    assert_refused(train("--data", "text.txt", *TINY, *options), "autograd differentiates that backend")
+    assert not (here / "runs").exists()

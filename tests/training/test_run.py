@@ -114,8 +114,9 @@ def test_seed_decides(start):
     assert first.losses()[8] != other.losses()[8]
 
 
-def test_gradient_checkpointing_changes_no_loss(start):
-    plain, recomputed = start("a"), start("b", run__gradient_checkpointing=True)
+@pytest.mark.parametrize("what", ["blocks", "all_but_attention"])
+def test_recomputing_changes_no_loss(start, what):
+    plain, recomputed = start("a"), start("b", run__recompute=what)
     plain.train()
     recomputed.train()
     assert list(recomputed.losses().values()) == pytest.approx(list(plain.losses().values()), rel=1e-5)

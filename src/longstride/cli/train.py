@@ -60,6 +60,13 @@ def train(
             help="An attention pattern such as 'Local(32) | Strided(16)'; given again, layers alternate.",
         ),
     ] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            help="About so many times the parameters, 1/64 to 4: the model's widths and its depth by the cube root of "
+            "it. Heads, context, batch and learning rate stay."
+        ),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="The peak learning rate.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
@@ -107,7 +114,7 @@ def train(
     overrides.update({key: value for key, value in flags.items() if value is not None})
 
     folder = RunFolder(output)
-    chosen = _choose_kind(_choose_recipe(folder, recipe, overrides, resume), guess=not resume)
+    chosen = _choose_kind(_choose_recipe(folder, recipe, scale, overrides, resume), guess=not resume)
     # Everything that can be wrong with the recipe shows before anything is written.
     model_config(chosen)
     check_precision(chosen.run.precision, resolve_device(chosen.run.device))
@@ -153,12 +160,19 @@ def _train_and_finish(recipe: "Recipe", data: "PreparedData", folder: "RunFolder
     return result.ended
 
 
-def _choose_recipe(folder: "RunFolder", file: Path | None, overrides: dict[str, Any], resume: bool) -> "Recipe":
+def _choose_recipe(
+    folder: "RunFolder", file: Path | None, scale: str | None, overrides: dict[str, Any], resume: bool
+) -> "Recipe":
     from longstride.errors import ArgumentError
-    from longstride.training import Recipe, read_recipe
+    from longstride.training import Recipe, read_recipe, read_scale, scaled
 
     if not resume:
-        return (read_recipe(file) if file is not None else Recipe()).override(overrides)
+        started = read_recipe(file) if file is not None else Recipe()
+        if scale is not None:
+            started = scaled(started, read_scale(scale))
+        return started.override(overrides)
+    if scale is not None:
+        raise ArgumentError(f"--scale {scale} with --resume: a run goes on with its own model; leave --scale out")
     if file is not None:
         raise ArgumentError(f"--recipe {file} with --resume: a run goes on with its own recipe; leave --recipe out")
     started = folder.started_with()

@@ -8,9 +8,10 @@ of ``longstride.SparseTransformerConfig`` or ``longstride.SparseTransformerForCa
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from longstride.models.cache import SparseTransformerCache
-from longstride.models.configuration import SparseTransformerConfig
+from longstride.models.configuration import BLOCKS, SparseTransformerConfig
 from longstride.models.decode_graph import DecodeGraph, graph_obstacle
 from longstride.models.modeling import SparseTransformerForCausalLM, SparseTransformerModel
+from longstride.models.recomputation import RECOMPUTE, check_recomputation, recompute_in_backward
 from longstride.models.schedule import layer_patterns
 from longstride.models.summary import ParameterCount, parameter_count
 
@@ -19,13 +20,17 @@ AutoModel.register(SparseTransformerConfig, SparseTransformerModel, exist_ok=Tru
 AutoModelForCausalLM.register(SparseTransformerConfig, SparseTransformerForCausalLM, exist_ok=True)
 
 __all__ = [
+    "BLOCKS",
+    "RECOMPUTE",
     "DecodeGraph",
     "ParameterCount",
     "SparseTransformerCache",
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
     "SparseTransformerModel",
+    "check_recomputation",
     "graph_obstacle",
     "layer_patterns",
     "parameter_count",
+    "recompute_in_backward",
 ]

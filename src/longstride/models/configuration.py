@@ -11,6 +11,8 @@ from longstride.models.schedule import pattern_stride, read_patterns, tables_to_
 from longstride.nn import default_axes
 from longstride.patterns import Pattern
 
+BLOCKS = ("sparse_transformer", "modern")
+
 
 class SparseTransformerConfig(PreTrainedConfig):
     """What a :class:`SparseTransformerForCausalLM` is built from. The defaults are the paper's enwik8 model in size.
@@ -30,13 +32,18 @@ class SparseTransformerConfig(PreTrainedConfig):
         pattern_tables: the tables that BlockSparse patterns name, bool[(heads,) query blocks, key blocks], as tensors,
             nested lists or row texts; kept as row texts, ``{"table_0123456789ab": ["10", "11"]}``, named by their
             content. Patterns that are given as values bring theirs along.
-        intermediate_size: width of the feed-forward network; 4 * hidden_size unless given.
+        block: ``"sparse_transformer"``, the paper's residual block with learned position embeddings, or ``"modern"``:
+            RMSNorm, SwiGLU, normalised queries and keys, rotary positions (`longstride.nn.ModernBlock`).
+        intermediate_size: width of the feed-forward network; unless given, 4 * hidden_size, and in the modern block,
+            whose network has three maps, 8/3 * hidden_size rounded up to a multiple of 8.
         qk_hidden_size: width of queries and keys, all heads together; hidden_size unless given.
         position_axes: sizes of the position embeddings' axes, slowest first, for example (32, 32, 3) for the rows,
             columns and channels of an image; their product is at least max_position_embeddings. Unless given,
-            (ceil(max_position_embeddings / stride), stride) with the patterns' first stride (or block).
+            (ceil(max_position_embeddings / stride), stride) with the patterns' first stride (or block). None in the
+            modern block, which has no position embeddings.
+        rotary_base: the modern block's longest wavelength is about 2 pi rotary_base tokens.
         dropout: probability of dropping an element of a branch where it is added to the residual stream.
-        layer_norm_eps: added to the variance in the layer norms.
+        layer_norm_eps: added to the variance in the layer norms, to the mean square in RMSNorm.
         initializer_scale: weights start with standard deviation initializer_scale / sqrt(fan-in).
         attention_backend: backend of :func:`longstride.attention` by name; None takes the fastest that supports the
             request. Saved like the rest: give ``attention_backend=None`` to ``from_pretrained`` where a named backend
@@ -64,9 +71,11 @@ class SparseTransformerConfig(PreTrainedConfig):
     max_position_embeddings: int = 12288
     patterns: list[str] | str = field(default_factory=lambda: ["Local(128)", "Strided(128)"])
     pattern_tables: dict[str, list] | None = None
+    block: str = "sparse_transformer"
     intermediate_size: int | None = None
     qk_hidden_size: int | None = None
     position_axes: list[int] | None = None
+    rotary_base: float = 10000.0
     dropout: float = 0.0
     layer_norm_eps: float = 1e-5
     initializer_scale: float = 0.125
@@ -96,8 +105,11 @@ class SparseTransformerConfig(PreTrainedConfig):
             "max_position_embeddings",
         ):
             _check_count(name, getattr(self, name))
+        if self.block not in BLOCKS:
+            raise ArgumentError(f"block={self.block!r}: it must be one of {', '.join(map(repr, BLOCKS))}")
         if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
+            gated = -(-self.hidden_size // 3) * 8
+            self.intermediate_size = gated if self.block == "modern" else 4 * self.hidden_size
         if self.qk_hidden_size is None:
             self.qk_hidden_size = self.hidden_size
         for name in ("intermediate_size", "qk_hidden_size"):
@@ -109,9 +121,14 @@ class SparseTransformerConfig(PreTrainedConfig):
                     f"{name}={width} is not divisible by num_attention_heads={heads}: take a multiple of {heads}, "
                     f"such as {max(1, width // heads) * heads}"
                 )
+        if self.block == "modern" and (self.qk_hidden_size // self.num_attention_heads) % 2:
+            raise ArgumentError(
+                f"qk_hidden_size={self.qk_hidden_size} gives {self.num_attention_heads} heads of "
+                f"{self.qk_hidden_size // self.num_attention_heads}: rotary positions need heads of even width"
+            )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ArgumentError(f"dropout={self.dropout!r}: it must be a number from 0 up to, but not including, 1")
-        for name in ("layer_norm_eps", "initializer_scale"):
+        for name in ("layer_norm_eps", "initializer_scale", "rotary_base"):
             value = getattr(self, name)
             if not _is_number(value) or not value > 0:
                 raise ArgumentError(f"{name}={value!r}: it must be a number greater than 0")
@@ -143,6 +160,13 @@ class SparseTransformerConfig(PreTrainedConfig):
 
     def _resolve_position_axes(self, cycle: tuple[Pattern, ...]) -> None:
         axes = self.position_axes
+        if self.block == "modern":
+            if axes is not None:
+                raise ArgumentError(
+                    f"position_axes={axes}: the modern block has rotary positions and no position embeddings; leave "
+                    "it out"
+                )
+            return
         if axes is None:
             axes = default_axes(self.max_position_embeddings, pattern_stride(cycle))
         axes = [axes] if isinstance(axes, int) else list(axes)

@@ -6,31 +6,21 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from longstride.cache import PatternCache
 from longstride.errors import ArgumentError, UnsupportedError
+from longstride.models.blocks import build_blocks, last_norm
 from longstride.models.cache import SparseTransformerCache
+from longstride.models.causal_loss import chunked_causal_loss
 from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.padding import ChunkShift, RowShift, check_positions
-from longstride.models.schedule import layer_patterns
-from longstride.nn import (
-    FactorizedPositions,
-    FeedForward,
-    LogitsProjection,
-    ResidualBlock,
-    SelfAttention,
-    initialize_,
-)
+from longstride.nn import FactorizedPositions, LogitsProjection, RotaryPositions, initialize_
 
 #: How many guessed tokens assisted generation can take back; its assistants guess 20 at a time, or a few more.
 ASSISTED_HEADROOM = 128
-
-
-class SparseTransformerBlock(GradientCheckpointingLayer, ResidualBlock):
-    """A residual block that the Trainer can checkpoint: its activations are recomputed in the backward pass."""
 
 
 class SparseTransformerPreTrainedModel(PreTrainedModel):
@@ -40,7 +30,7 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
     config: SparseTransformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SparseTransformerBlock"]  # noqa: RUF012 (transformers' declaration)
+    _no_split_modules = ["SparseTransformerBlock", "ModernTransformerBlock"]  # noqa: RUF012 (transformers' declaration)
 
     def __init__(self, config: SparseTransformerConfig, *inputs: Any, **kwargs: Any) -> None:
         # A configuration can be changed between its construction and the model's.
@@ -62,34 +52,26 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
 
 
 class SparseTransformerModel(SparseTransformerPreTrainedModel):
-    """Token and position embeddings, N residual blocks, a last layer norm: token ids to hidden states.
+    """Token and position embeddings, N residual blocks, a last norm: token ids to hidden states.
+
+    With ``config.block == "modern"`` positions are not added to the tokens: they turn every block's queries and keys.
 
     Source: Child et al. 2019, section 5.
     """
 
     def __init__(self, config: SparseTransformerConfig) -> None:
         super().__init__(config)
-        assert config.intermediate_size is not None
-        assert config.position_axes is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = FactorizedPositions(config.position_axes, config.hidden_size)
-        self.layers = nn.ModuleList(
-            SparseTransformerBlock(
-                SelfAttention(
-                    pattern,
-                    hidden_size=config.hidden_size,
-                    num_heads=config.num_attention_heads,
-                    qk_hidden_size=config.qk_hidden_size,
-                    backend=config.attention_backend,
-                ),
-                FeedForward(config.hidden_size, config.intermediate_size),
-                hidden_size=config.hidden_size,
-                dropout=config.dropout,
-                norm_eps=config.layer_norm_eps,
+        if config.block == "modern":
+            assert config.qk_hidden_size is not None
+            self.rotary_positions = RotaryPositions(
+                config.qk_hidden_size // config.num_attention_heads, config.rotary_base
             )
-            for pattern in layer_patterns(config)
-        )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        else:
+            assert config.position_axes is not None
+            self.embed_positions = FactorizedPositions(config.position_axes, config.hidden_size)
+        self.layers = build_blocks(config)
+        self.norm = last_norm(config)
         self.post_init()
 
     @can_return_tuple
@@ -161,7 +143,11 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         if rows is not None:
             # What stands behind a row's real tokens has no position; any will do.
             positions = (rows.lengths[:, None] + positions).clamp(max=self.config.max_position_embeddings - 1)
-        hidden = hidden + self.embed_positions(positions)
+        for_attention = {}
+        if self.config.block == "modern":
+            for_attention["rotation"] = self.rotary_positions(positions)
+        else:
+            hidden = hidden + self.embed_positions(positions)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -169,7 +155,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(hidden)
-            for_attention = {} if rows is None else {"cache": rows, "layer": index, "counts": counts}
+            if rows is not None:
+                for_attention |= {"cache": rows, "layer": index, "counts": counts}
             hidden = layer(hidden, **for_attention)
         states.append(self.norm(hidden))
         if cache is not None:
@@ -238,6 +225,10 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given; the other arguments are :class:`SparseTransformerModel`'s.
 
+        A call for the loss in training (``model.train()``, labels, all positions) forms the logits a chunk of tokens at
+        a time, twice, and keeps none of them: its ``logits`` are None, and the loss costs no memory that grows with
+        length x vocab_size. ``model.eval()`` has both, and so has a ``loss_function`` of one's own.
+
         Args:
             labels: int64[batch, length], usually the input_ids themselves: they are shifted inside, so that the
                 logits at position t are held against labels[:, t + 1]. Places with -100 do not count.
@@ -257,10 +248,14 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits, loss = None, None
+        every = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if self.training and labels is not None and every and self.loss_function is ForCausalLMLoss:
+            loss = chunked_causal_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
+        else:
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )

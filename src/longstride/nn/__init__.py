@@ -1,19 +1,29 @@
-"""Building blocks of sparse Transformers: attention layer, feed-forward, residual block, positions, initialisation."""
+"""Building blocks of sparse Transformers: attention, feed-forward, residual blocks, positions, initialisation, loss."""
 
 from longstride.nn.blocks import ResidualBlock
 from longstride.nn.feed_forward import FeedForward, sigmoid_gelu
 from longstride.nn.initialization import LogitsProjection, ResidualProjection, initialize_
+from longstride.nn.modern_block import GatedFeedForward, ModernBlock
 from longstride.nn.positions import FactorizedPositions, default_axes
+from longstride.nn.rotary import RotaryPositions, RotarySelfAttention, rotate
 from longstride.nn.self_attention import SelfAttention
+from longstride.nn.token_loss import chunk_tokens, summed_token_loss
 
 __all__ = [
     "FactorizedPositions",
     "FeedForward",
+    "GatedFeedForward",
     "LogitsProjection",
+    "ModernBlock",
     "ResidualBlock",
     "ResidualProjection",
+    "RotaryPositions",
+    "RotarySelfAttention",
     "SelfAttention",
+    "chunk_tokens",
     "default_axes",
     "initialize_",
+    "rotate",
     "sigmoid_gelu",
+    "summed_token_loss",
 ]

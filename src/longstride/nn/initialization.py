@@ -1,4 +1,4 @@
-"""How the weights of the Sparse Transformer start (Child et al. 2019, sections 5.2 and 6).
+"""How weights start, in the paper's block and in the modern one (Child et al. 2019, sections 5.2 and 6).
 
 The role of a weight decides how it starts, so the two linear maps with a role of their own have a class of their own:
 :class:`ResidualProjection` (its output is added to the residual stream) and :class:`LogitsProjection`.
@@ -32,7 +32,7 @@ def initialize_(module: nn.Module, num_layers: int, scale: float = SCALE) -> Non
     linear map                      N(0, std = scale / sqrt(d_in)), bias 0
     :class:`ResidualProjection`     N(0, std = scale / sqrt(d_in) / sqrt(2 N)), bias 0
     :class:`LogitsProjection`       0
-    layer norm                      weight 1, bias 0
+    layer norm, RMS norm            weight 1, bias 0
     ==============================  ========================================
 
     N blocks add 2 N branches to the stream; the factor 1 / sqrt(2 N) keeps the ratio of embedding to branches
@@ -56,7 +56,7 @@ def initialize_(module: nn.Module, num_layers: int, scale: float = SCALE) -> Non
         nn.init.normal_(module.weight, std=scale / math.sqrt(module.embedding_dim))
     elif isinstance(module, FactorizedPositions):
         nn.init.normal_(module.weight, std=scale / math.sqrt(module.hidden_size * len(module.axes)))
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         nn.init.ones_(module.weight)
     bias = getattr(module, "bias", None)
     if isinstance(module, (nn.Linear, nn.LayerNorm)) and bias is not None:

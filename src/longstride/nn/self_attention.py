@@ -10,8 +10,8 @@ from longstride.nn.initialization import ResidualProjection
 from longstride.patterns import Pattern
 
 
-class SelfAttention(nn.Module):
-    """W_p attend(x, pattern): project to heads, attend along the pattern, project back; [B, T, d] to [B, T, d].
+class PatternAttention(nn.Module):
+    """What self-attention layers share: the maps to heads and back, and attention along a pattern between them.
 
     The maps have no biases, as in equations 4 and 5 of the paper. Queries, keys and values come from one linear map
     and are read where it wrote them: the heads are views of its output.
@@ -57,6 +57,39 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(hidden_size, sum(self.widths), bias=False)
         self.out_proj = ResidualProjection(hidden_size, hidden_size, bias=False)
 
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values float[batch, num_heads, length, head_dim] of hidden[batch, length, hidden_size]."""
+        batch, length, _ = hidden.shape
+        q, k, v = (
+            projected.view(batch, length, self.num_heads, width // self.num_heads).transpose(
+                1, 2
+            )  # [B, H, T, head_dim]
+            for projected, width in zip(self.qkv_proj(hidden).split(self.widths, dim=-1), self.widths, strict=True)
+        )
+        return q, k, v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: PatternCache | None, layer: int, counts: Tensor | None
+    ) -> Tensor:
+        """The layer's output float[batch, length, hidden_size] of projected tokens; the rest is `forward`'s."""
+        if cache is None:
+            attended = attention(q, k, v, self.pattern, backend=self.backend)
+        else:
+            attended = attention_cached(q, k, v, self.pattern, cache, layer=layer, counts=counts, backend=self.backend)
+        assert isinstance(attended, Tensor)  # a pair comes with return_lse alone
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        backend = "automatic" if self.backend is None else self.backend
+        return f"pattern={self.pattern}, num_heads={self.num_heads}, backend={backend}"
+
+
+class SelfAttention(PatternAttention):
+    """W_p attend(x, pattern): project to heads, attend along the pattern, project back; [B, T, d] to [B, T, d].
+
+    Source: Child et al. 2019, section 4.1.
+    """
+
     def forward(
         self, hidden: Tensor, cache: PatternCache | None = None, layer: int = 0, counts: Tensor | None = None
     ) -> Tensor:
@@ -68,20 +101,4 @@ class SelfAttention(nn.Module):
             layer: which of the cache's layers this is.
             counts: int64[batch]: with a cache, how many of each row's tokens there are, the first ones.
         """
-        batch, length, _ = hidden.shape
-        q, k, v = (
-            projected.view(batch, length, self.num_heads, width // self.num_heads).transpose(
-                1, 2
-            )  # [B, H, T, head_dim]
-            for projected, width in zip(self.qkv_proj(hidden).split(self.widths, dim=-1), self.widths, strict=True)
-        )
-        if cache is None:
-            attended = attention(q, k, v, self.pattern, backend=self.backend)
-        else:
-            attended = attention_cached(q, k, v, self.pattern, cache, layer=layer, counts=counts, backend=self.backend)
-        assert isinstance(attended, Tensor)  # a pair comes with return_lse alone
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
-
-    def extra_repr(self) -> str:
-        backend = "automatic" if self.backend is None else self.backend
-        return f"pattern={self.pattern}, num_heads={self.num_heads}, backend={backend}"
+        return self.attend(*self.project(hidden), cache, layer, counts)

@@ -7,6 +7,7 @@ from longstride.training.folder import RunFolder
 from longstride.training.kinds import kind_of
 from longstride.training.recipe import Recipe, parse_assignments, read_recipe
 from longstride.training.run import TrainingResult, check_precision, model_config, resolve_device, train
+from longstride.training.scaling import read_scale, scaled
 
 __all__ = [
     "Evaluation",
@@ -21,6 +22,8 @@ __all__ = [
     "parse_assignments",
     "read_curve",
     "read_recipe",
+    "read_scale",
     "resolve_device",
+    "scaled",
     "train",
 ]

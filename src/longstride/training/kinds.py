@@ -32,6 +32,11 @@ def vocab_size(recipe: "Recipe") -> int:
 
 
 def position_axes(recipe: "Recipe") -> list[int] | None:
-    """The model's position axes where the data have axes of their own; None to take them from the pattern."""
+    """The model's position axes: the recipe's, or else those of the data; None to take them from the pattern.
+
+    A modern block has no position embeddings, and so no axes, whatever the data.
+    """
+    if recipe.model.position_axes is not None:
+        return list(recipe.model.position_axes)
     kind = kind_of(recipe)
-    return None if kind is None else kind.axes(recipe.data.context)
+    return None if kind is None or recipe.model.block == "modern" else kind.axes(recipe.data.context)

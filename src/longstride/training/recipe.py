@@ -5,9 +5,7 @@ key such as ``model.hidden_size`` names one value on the command line and in err
 """
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,9 @@ import yaml
 
 from longstride.data import KINDS, ON_CORRUPT
 from longstride.errors import PatternError, RecipeError
+from longstride.models import BLOCKS, RECOMPUTE
 from longstride.patterns import parse
+from longstride.training.recipe_values import convert, suggestion
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,11 @@ class ModelRecipe:
 
     Args:
         patterns: pattern texts, cycled over the layers.
-        intermediate_size: width of the feed-forward network; None for 4 * hidden_size.
+        block: ``sparse_transformer``, the paper's, or ``modern``.
+        intermediate_size: width of the feed-forward network; None for 4 * hidden_size, in the modern block 8/3 of it.
         qk_hidden_size: width of queries and keys, all heads together; None for hidden_size.
+        position_axes: sizes of the position embeddings' axes, slowest first, such as (32, 32, 3) for an image's rows,
+            columns and channels; None for rows and columns as wide as the patterns' stride.
         initializer_scale: weights start with standard deviation initializer_scale / sqrt(fan-in); the paper has 0.125,
             a small model learns faster from 1.
         attention_backend: a backend of `longstride.attention` by name; None for the fastest that fits.
@@ -61,8 +64,10 @@ class ModelRecipe:
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
+    block: str = "sparse_transformer"
     intermediate_size: int | None = None
     qk_hidden_size: int | None = None
+    position_axes: tuple[int, ...] | None = None
     dropout: float = 0.0
     initializer_scale: float = 1.0
     tie_word_embeddings: bool = False
@@ -110,7 +115,8 @@ class RunRecipe:
         validation_windows: windows of the validation split that each periodic evaluation reads.
         keep_checkpoints: how many of the newest are kept.
         time_limit_s: stop after so many seconds of training in this process; None for no limit.
-        gradient_checkpointing: recompute each block in the backward pass, to save memory.
+        recompute: what the backward pass computes again, to save memory: ``nothing``, ``blocks``, or
+            ``all_but_attention``; see `longstride.models.recompute_in_backward`.
         tensorboard: write event files too.
     """
 
@@ -123,7 +129,7 @@ class RunRecipe:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     time_limit_s: float | None = None
-    gradient_checkpointing: bool = False
+    recompute: str = "nothing"
     tensorboard: bool = False
 
 
@@ -161,7 +167,13 @@ class SampleRecipe:
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-CHOICES = {"run.precision": PRECISIONS, "run.device": DEVICES, "data.on_corrupt": ON_CORRUPT}
+CHOICES = {
+    "run.precision": PRECISIONS,
+    "run.device": DEVICES,
+    "run.recompute": RECOMPUTE,
+    "model.block": BLOCKS,
+    "data.on_corrupt": ON_CORRUPT,
+}
 
 # What may differ when a run goes on: none of these changes the curve up to where the run stands.
 CHANGEABLE = ("schedule.steps", "run.device", "run.keep_checkpoints", "run.time_limit_s", "run.tensorboard")
@@ -265,11 +277,11 @@ class Recipe:
         sections: dict[str, dict[str, typing.Any]] = {}
         for key, value in values.items():
             if key not in known:
-                raise RecipeError(f"{prefix}unknown key {key}{_suggestion(key, known)}")
+                raise RecipeError(f"{prefix}unknown key {key}{suggestion(key, known)}")
             section, name = key.split(".")
             hint = typing.get_type_hints(type(getattr(self, section)))[name]
             try:
-                sections.setdefault(section, {})[name] = _convert(value, hint)
+                sections.setdefault(section, {})[name] = convert(value, hint)
             except ValueError as error:
                 raise RecipeError(f"{prefix}{key} is {value!r}: it must be {error}") from error
         try:
@@ -324,7 +336,7 @@ def read_recipe(path: Path) -> Recipe:
     values = {}
     for section, entries in written.items():
         if section not in sections:
-            raise RecipeError(f"{path}: unknown section {section}{_suggestion(str(section), sections)}")
+            raise RecipeError(f"{path}: unknown section {section}{suggestion(str(section), sections)}")
         if entries is not None and not isinstance(entries, dict):
             raise RecipeError(f"{path}: the section {section} must hold keys with values, not {entries!r}")
         values.update({f"{section}.{name}": value for name, value in (entries or {}).items()})
@@ -347,48 +359,3 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, typing.Any]:
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {assignment}: the value is not YAML: {' '.join(str(error).split())}") from error
     return values
-
-
-def _suggestion(key: str, known: Sequence[str]) -> str:
-    section, _, name = key.rpartition(".")
-    # The right name in the wrong section or in none, then a misspelt one.
-    close = [candidate for candidate in known if candidate.split(".")[-1] == name]
-    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if not close:
-        names = difflib.get_close_matches(name, [candidate.split(".")[-1] for candidate in known], n=1, cutoff=0.75)
-        close = [candidate for candidate in known if candidate.split(".")[-1] in names]
-    if close:
-        return f": did you mean {close[0]}?"
-    choices = [candidate for candidate in known if candidate.startswith(f"{section}.")] or known
-    return f": it must be one of {', '.join(choices)}"
-
-
-def _convert(value: typing.Any, hint: typing.Any) -> typing.Any:
-    """``value`` as the type ``hint``; ValueError says what it must be."""
-    if isinstance(hint, types.UnionType):
-        inner = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-        if value is None:
-            return None
-        try:
-            return _convert(value, inner)
-        except ValueError as error:
-            raise ValueError(f"{error}, or null") from error
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        # YAML 1.1 reads 1e-3 (without a point) as text.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is str and isinstance(value, str):
-        return value
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, str):
-            return (value,)
-        if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
-            return tuple(value)
-        raise ValueError("a text or a list of texts")
-    raise ValueError({bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint])

@@ -13,7 +13,12 @@ from transformers import TrainingArguments, set_seed
 
 from longstride.data import EvenWindows, PreparedData, RandomWindows
 from longstride.errors import ArgumentError
-from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
+from longstride.models import (
+    SparseTransformerConfig,
+    SparseTransformerForCausalLM,
+    check_recomputation,
+    recompute_in_backward,
+)
 from longstride.training.checkpoints import latest_sound
 from longstride.training.curve import Curve
 from longstride.training.folder import RunFolder
@@ -68,8 +73,10 @@ def model_config(recipe: Recipe) -> SparseTransformerConfig:
     Raises:
         ArgumentError: values that do not fit together, such as heads that do not divide the width.
         RecipeError: values that do not fit the kind of the data.
+        UnsupportedError: the attention's outputs cannot be kept with the backend that the recipe names.
     """
     model = recipe.model
+    check_recomputation(recipe.run.recompute, model.attention_backend)
     return SparseTransformerConfig(
         vocab_size=vocab_size(recipe),
         position_axes=position_axes(recipe),
@@ -78,6 +85,7 @@ def model_config(recipe: Recipe) -> SparseTransformerConfig:
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_hidden_layers,
         num_attention_heads=model.num_attention_heads,
+        block=model.block,
         intermediate_size=model.intermediate_size,
         qk_hidden_size=model.qk_hidden_size,
         dropout=model.dropout,
@@ -112,9 +120,7 @@ def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[
     # Trainer seeds the global generators as well, which dropout draws from.
     set_seed(recipe.run.seed)
     model = SparseTransformerForCausalLM(model_config(recipe))
-    if recipe.run.gradient_checkpointing:
-        # transformers 5.23 has renamed it.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    recompute_in_backward(model, recipe.run.recompute)
     schedule = recipe.schedule
     windows = schedule.steps * schedule.batch_size * schedule.gradient_accumulation_steps
     context = recipe.data.context
