@@ -30,3 +30,11 @@ def make_model():
 def tokens():
     """Token ids int64[2, 23] of a small model's vocabulary."""
     return torch.randint(17, (2, 23), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def fresh_compiler():
+    """PyTorch counts how often a function is compiled anew, over all tests of a process, and gives up after eight."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

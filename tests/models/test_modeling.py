@@ -222,6 +222,7 @@ def test_autocast_keeps_the_residual_stream_in_float32(make_model, tokens):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_without_a_graph_break(make_model, tokens):
     model = make_model(dtype=torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

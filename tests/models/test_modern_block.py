@@ -210,6 +210,7 @@ def test_autocast_keeps_the_residual_stream_in_float32(modern, tokens):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_without_a_graph_break(modern, tokens):
     model = modern(dtype=torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

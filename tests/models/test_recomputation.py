@@ -112,6 +112,7 @@ def test_memory_between_forward_and_backward(make_model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", RECOMPUTE)
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_without_a_graph_break(make_model, tokens, what):
     model = make_model(dtype=torch.float32).train()
     plain = gradients(model, tokens)
