@@ -26,6 +26,13 @@ def make_model():
     return make
 
 
+@pytest.fixture(params=["sparse_transformer", "modern"])
+def make_either(make_model, request):
+    """`make_model` of either kind of block, for what must hold of both."""
+    sizes = {"block": request.param} | ({"initializer_scale": 1.0} if request.param == "modern" else {})
+    return lambda **changes: make_model(**(sizes | changes))
+
+
 @pytest.fixture
 def tokens():
     """Token ids int64[2, 23] of a small model's vocabulary."""

@@ -156,10 +156,10 @@ def checkpoint_blocks(model, use_reentrant=False):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_gradients_equal_plain_ones(make_model, tokens, use_reentrant):
+def test_checkpointed_gradients_equal_plain_ones(make_either, tokens, use_reentrant):
     gradients = []
     for checkpoint in (False, True):
-        model = make_model(dropout=0.2).train()
+        model = make_either(dropout=0.2).train()
         if checkpoint:
             checkpoint_blocks(model, use_reentrant)
             assert all(layer.gradient_checkpointing for layer in model.model.layers)
@@ -212,8 +212,8 @@ def test_bfloat16(make_model, tokens):
     assert (rounded.double() - exact).abs().mean() < 0.02 * exact.abs().mean()
 
 
-def test_autocast_keeps_the_residual_stream_in_float32(make_model, tokens):
-    model = make_model(dtype=torch.float32)
+def test_autocast_keeps_the_residual_stream_in_float32(make_either, tokens):
+    model = make_either(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(tokens, labels=tokens, output_hidden_states=True)
     assert {state.dtype for state in output.hidden_states} == {torch.float32}
@@ -223,8 +223,8 @@ def test_autocast_keeps_the_residual_stream_in_float32(make_model, tokens):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiles_without_a_graph_break(make_model, tokens):
-    model = make_model(dtype=torch.float32)
+def test_compiles_without_a_graph_break(make_either, tokens):
+    model = make_either(dtype=torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0

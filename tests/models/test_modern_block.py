@@ -177,49 +177,12 @@ def test_a_plain_from_pretrained_gives_identical_logits(modern, tokens, tmp_path
     assert list(model.buffers()) == []
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_gradients_equal_plain_ones(modern, tokens, use_reentrant):
-    gradients = []
-    for checkpoint in (False, True):
-        model = modern(dropout=0.2).train()
-        if checkpoint:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": use_reentrant})
-        torch.manual_seed(3)
-        model(tokens, labels=tokens).loss.backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        assert torch.equal(plain, checkpointed)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(modern, tokens, dtype):
     exact = modern(initializer_scale=0.5)(tokens).logits
     rounded = modern(initializer_scale=0.5, dtype=dtype)(tokens).logits
     assert rounded.dtype == dtype
     assert (rounded.double() - exact).abs().mean() < 0.03 * exact.abs().mean()
-
-
-def test_autocast_keeps_the_residual_stream_in_float32(modern, tokens):
-    model = modern(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(tokens, labels=tokens, output_hidden_states=True)
-    assert {state.dtype for state in output.hidden_states} == {torch.float32}
-    output.loss.backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiles_without_a_graph_break(modern, tokens):
-    model = modern(dtype=torch.float32)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    mask = torch.ones_like(tokens)
-    mask[0, :4] = 0
-    torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
-    padded = compiled(tokens, attention_mask=mask).logits
-    torch.testing.assert_close(padded, model(tokens, attention_mask=mask).logits)
-    compiled(tokens, labels=tokens).loss.backward()
 
 
 def test_parameters_by_part():

@@ -53,5 +53,5 @@ def build_blocks(config: SparseTransformerConfig) -> nn.ModuleList:
 
 def last_norm(config: SparseTransformerConfig) -> nn.Module:
     """The norm after the last block, of the same kind as the blocks' own."""
-    kind = nn.RMSNorm if config.block == "modern" else nn.LayerNorm
-    return kind(config.hidden_size, eps=config.layer_norm_eps)
+    block = ModernBlock if config.block == "modern" else ResidualBlock
+    return block.norm(config.hidden_size, eps=config.layer_norm_eps)

@@ -1,12 +1,12 @@
 """Residual blocks: how attention and feed-forward are added to the residual stream."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 
-class ResidualBlock(nn.Module):
-    """The paper's pre-norm residual block; [B, T, d] to [B, T, d].
+class PreNormBlock(nn.Module):
+    """A residual block whose branches begin with a norm, of the kind that a subclass names; [B, T, d] to [B, T, d].
 
     ::
 
@@ -21,10 +21,11 @@ class ResidualBlock(nn.Module):
         feed_forward: maps [B, T, d] to [B, T, d].
         hidden_size: d.
         dropout: probability that an element of a branch is dropped in training.
-        norm_eps: added to the variance in the layer norms.
-
-    Source: Child et al. 2019, section 5.2.
+        norm_eps: added to the variance, or to the mean square, in the norms.
     """
+
+    #: Made of a width and an ``eps``.
+    norm: ClassVar[type[nn.Module]]
 
     def __init__(
         self,
@@ -36,13 +37,22 @@ class ResidualBlock(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.attention_norm = self.norm(hidden_size, eps=norm_eps)
         self.attention = attention
-        self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.feed_forward_norm = self.norm(hidden_size, eps=norm_eps)
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor, **for_attention: Any) -> Tensor:
-        """The block; what else is given goes to the attention, such as its cache."""
+        """The block; what else is given goes to the attention: its cache, the rotation of the positions."""
         hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), **for_attention))
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+
+
+class ResidualBlock(PreNormBlock):
+    """The paper's block, with layer norm.
+
+    Source: Child et al. 2019, section 5.2.
+    """
+
+    norm = nn.LayerNorm

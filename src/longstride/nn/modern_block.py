@@ -1,10 +1,9 @@
 """A residual block of today's language models, beside the paper's: RMSNorm, rotary positions, SwiGLU, QK-norm."""
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longstride.nn.blocks import PreNormBlock
 from longstride.nn.initialization import ResidualProjection
 
 
@@ -30,41 +29,10 @@ class GatedFeedForward(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-class ModernBlock(nn.Module):
-    """A pre-norm residual block with RMSNorm; [B, T, d] to [B, T, d].
-
-    ::
-
-        h = H + dropout(attention(norm(H)))
-        h + dropout(feed_forward(norm(h)))
-
-    Args:
-        attention: maps [B, T, d] to [B, T, d]; usually a :class:`longstride.nn.RotarySelfAttention`.
-        feed_forward: maps [B, T, d] to [B, T, d]; usually a :class:`GatedFeedForward`.
-        hidden_size: d.
-        dropout: probability that an element of a branch is dropped in training.
-        norm_eps: added to the mean square in the norms.
+class ModernBlock(PreNormBlock):
+    """A block with RMSNorm, usually of a :class:`longstride.nn.RotarySelfAttention` and a :class:`GatedFeedForward`.
 
     Source: Touvron 2023 (Llama), section 2.2; Zhang 2019 (RMSNorm), equation 4.
     """
 
-    def __init__(
-        self,
-        attention: nn.Module,
-        feed_forward: nn.Module,
-        *,
-        hidden_size: int,
-        dropout: float = 0.0,
-        norm_eps: float = 1e-5,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.attention = attention
-        self.feed_forward_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.feed_forward = feed_forward
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden: Tensor, **for_attention: Any) -> Tensor:
-        """The block; what else is given goes to the attention: the rotation of the positions, and its cache."""
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), **for_attention))
-        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+    norm = nn.RMSNorm

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from longstride.backends.triton import decode_lowering
+from longstride.backends.triton.geometry import before
 
 STORE_WORDS = tl.constexpr(decode_lowering.STORE_WORDS)
 WALK_WORDS = tl.constexpr(decode_lowering.WALK_WORDS)
@@ -119,13 +120,6 @@ def allowed(i, j, PROGRAM: tl.constexpr, KEEP: tl.constexpr, DROPS: tl.constexpr
 
 
 @triton.jit
-def _before(x, block, start, width):
-    """How many keys of a group lie before position x."""
-    x = tl.maximum(x, 0)
-    return (x // block) * width + tl.minimum(tl.maximum(x % block - start, 0), width)
-
-
-@triton.jit
 def row(j, PROGRAM: tl.constexpr, AT: tl.constexpr, spots, lists, there):
     """The row of position j in the store at AT, from its head's first, and whether the store keeps it at all."""
     KIND: tl.constexpr = word(PROGRAM, AT)
@@ -139,7 +133,7 @@ def row(j, PROGRAM: tl.constexpr, AT: tl.constexpr, spots, lists, there):
             number = j
             member = j >= 0
         else:
-            number = _before(j, BLOCK, START, WIDTH)
+            number = before(j, BLOCK, START, WIDTH)
             member = (j % BLOCK >= START) & (j % BLOCK < START + WIDTH)
         if ROWS > 0:
             number = number % ROWS
@@ -178,10 +172,10 @@ def bounds(i, seen, PROGRAM: tl.constexpr, AT: tl.constexpr, spots):
             far = tl.minimum(far, i % D // A)
         return near, far - near + 1
     elif KIND == COLUMNS:
-        top = _before(tl.minimum(i - D, seen - 1) + 1, A, B, C)
+        top = before(tl.minimum(i - D, seen - 1) + 1, A, B, C)
         bottom = top - top
         if E < UNBOUNDED:
-            bottom = _before(i - E, A, B, C)
+            bottom = before(i - E, A, B, C)
         return top - 1, top - bottom
     elif KIND == BLOCKS:
         return i - i, _count(spots, B) * A

@@ -275,7 +275,7 @@ def allowed(i, j, SOURCE: tl.constexpr, numbers: tl.constexpr, spots, lists, PAC
 
 
 @triton.jit
-def _before(x, block, start, count):
+def before(x, block, start, count):
     """How many keys of a group lie before position x."""
     x = tl.maximum(x, 0)
     return (x // block) * count + tl.minimum(tl.maximum(x % block - start, 0), count)
@@ -336,11 +336,11 @@ def stretch(
         block = numbers[INDEX + 3]
         begin = numbers[INDEX + 4]
         count = numbers[INDEX + 5]
-        total = _before(kv_len, block, begin, count)
-        start = _before(first - numbers[INDEX + 1], block, begin, count)
-        stop = tl.minimum(_before(last - numbers[INDEX] + 1, block, begin, count), total)
-        clear_start = _before(last - numbers[INDEX + 1], block, begin, count)
-        clear_stop = _before(first - numbers[INDEX + 2] + 1, block, begin, count)
+        total = before(kv_len, block, begin, count)
+        start = before(first - numbers[INDEX + 1], block, begin, count)
+        stop = tl.minimum(before(last - numbers[INDEX] + 1, block, begin, count), total)
+        clear_start = before(last - numbers[INDEX + 1], block, begin, count)
+        clear_stop = before(first - numbers[INDEX + 2] + 1, block, begin, count)
     elif KIND == TABLE:
         block = numbers[INDEX]
         spot: tl.constexpr = numbers[INDEX + 1]

@@ -132,7 +132,7 @@ def run_backward(
     share = q.shape[1] // k.shape[1]
     grad_q, grad_k, grad_v = grads
     starts = made.lists if starts is None else starts
-    delta = lse  # which nobody looks at, or
+    delta = lse  # stands in for it, unread, where the only launch makes delta for itself
     if not made.alone:
         delta = torch.empty_strided(lse.shape, lse.stride(), dtype=torch.float32, device=lse.device)
     has_grad_lse = grad_lse is not None

@@ -280,7 +280,7 @@ def _job(kernel: Any, launch: Launch, shapes: Shapes, shape: Shape, queries_own:
     if launch.block:
         other = max(16, min(other, 1 << (launch.block - 1).bit_length()))
     if not queries_own:
-        other = tuning.beside("backward_kv", tuning.family(shapes.device), own, other)
+        other = tuning.beside_keys(own, other)
     share = shapes.heads // shapes.kv_heads
     heads = launch.heads if queries_own else len(_kv_heads(launch, share))
     blocks = {"BLOCK_Q": own, "BLOCK_KV": other} if queries_own else {"BLOCK_KV": own, "BLOCK_Q": other}

@@ -64,14 +64,12 @@ def shape(kernel: str, family: str, dtype: torch.dtype, dim: int, span: int) -> 
 WIDE_ROWS = 64
 
 
-def beside(kernel: str, family: str, own: int, other: int) -> int:
-    """Rows of the source's tile beside `own` rows of the owner's, so that all products of a tile are of one kind.
+def beside_keys(own: int, other: int) -> int:
+    """Rows of a tile of queries beside `own` rows of keys in ``backward_kv``, so that all products are of one kind.
 
-    In ``backward_kv`` queries lie along the rows of the scores, and keys along those of the gradients.
+    Queries lie along the rows of the scores there, and keys along those of the gradients.
     """
-    if kernel == "backward_kv" and family != "interpreter" and own < WIDE_ROWS:
-        return min(other, WIDE_ROWS // 2)
-    return other
+    return min(other, WIDE_ROWS // 2) if own < WIDE_ROWS else other
 
 
 def _hopper(kernel: str, dim: int, span: int) -> Shape:
