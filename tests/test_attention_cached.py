@@ -16,6 +16,15 @@ EXACT = 1e-10
 
 CAUSAL = [pattern if pattern.is_causal else pattern & ls.Causal() for pattern in ATOMS]
 CAUSAL = [pattern for pattern in CAUSAL if pattern.bind(LONGEST) == pattern]
+# A walk along one region of a kind says nothing of another of the same kind.
+CAUSAL += [
+    ls.LogSparse(2) & ls.LogSparse(3),
+    ls.LogSparse(3) & ls.LogSparse(2),
+    ls.Summary(6, 3) & ls.Summary(4, 2),
+    ls.Global((2, 7, 11)) & ls.Global((7, 20)),
+    ls.BlockLocal(6) & ls.BlockLocal(4),
+    ls.RandomBlocks(4, 3) & ls.RandomBlocks(6, 3),
+]
 
 
 def make(kv_heads=HEADS, batch=1, length=LONGEST, dtype=torch.float64, seed=0):

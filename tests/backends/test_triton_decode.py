@@ -28,6 +28,12 @@ NEAR = 2e-5
 HEADS, DIM, V_DIM = 4, 20, 12
 CAUSAL = [atom if atom.is_causal else atom & ls.Causal() for atom in ATOMS if not isinstance(atom, Thirds)]
 CAUSAL = [pattern for pattern in CAUSAL if pattern.bind(LONGEST) == pattern]
+# A walk along one region of a kind says nothing of another of the same kind.
+CAUSAL += [
+    ls.LogSparse(2) & ls.LogSparse(3),
+    ls.Summary(6, 3) & ls.Summary(4, 2),
+    ls.Global((2, 7)) & ls.Global((7, 20)),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

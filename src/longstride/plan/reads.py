@@ -74,9 +74,10 @@ class Listed:
 
 @dataclass(frozen=True)
 class Distances:
-    """Keys at listed distances, ascending."""
+    """Keys at listed distances, ascending: those of `powers`, as far as a capacity goes."""
 
     distances: tuple[int, ...]
+    powers: Powers
 
     def position(self, i: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         return i - _listed(self.distances, n.device)[: n.shape[0]]
@@ -129,7 +130,7 @@ class Read:
         """What of the part's term the walk leaves open, besides that no key comes after its query."""
         term, walk = self.part.term, self.walk
         band = None if isinstance(walk, Steps) or term.band == CAUSAL else term.band
-        return Term(band, tuple(region for region in term.regions if region not in _kept_by(walk, term)))
+        return Term(band, tuple(region for region in term.regions if region not in _kept_by(walk)))
 
     @cached_property
     def dropped(self) -> tuple[Term, ...]:
@@ -171,7 +172,7 @@ def walk_of(term: Term, capacity: int) -> Walk:
             case KeyList(tokens):
                 choices.append(Listed(tokens))
             case Powers():
-                choices.append(Distances(region.distances(capacity)))
+                choices.append(Distances(region.distances(capacity), region))
             case BlockTable():
                 choices.append(Blocks(region, capacity))
             case _:
@@ -185,8 +186,8 @@ def queries_of(term: Term) -> tuple[int, ...]:
     return lists[0].tokens if lists else ()
 
 
-def _kept_by(walk: Walk, term: Term) -> set[object]:
-    """The regions of a term that the walk stays within by itself."""
+def _kept_by(walk: Walk) -> set[object]:
+    """The regions that the walk stays within by itself."""
     match walk:
         case Steps():
             return {SameBlock(walk.block)} if walk.block is not None else set()
@@ -195,7 +196,7 @@ def _kept_by(walk: Walk, term: Term) -> set[object]:
         case Listed():
             return {KeyList(walk.tokens)}
         case Distances():
-            return set(term.find(Powers)[:1])
+            return {walk.powers}
         case Blocks():
             return {walk.table}
 
