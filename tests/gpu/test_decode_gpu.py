@@ -160,8 +160,8 @@ def test_it_takes_the_bytes_that_were_said() -> None:
     cache = ls.PatternCache(ls.Fixed(128, 8), capacity=65536, device="cuda", **sizes)
     said = ls.cache_bytes(ls.Fixed(128, 8), 65536, **sizes)
     assert cache.nbytes == said
-    # The allocator rounds each of the three tensors up to 512 bytes.
-    assert said <= torch.cuda.memory_allocated() - before <= said + 3 * 512
+    # The allocator rounds each of the four tensors up to 512 bytes.
+    assert said <= torch.cuda.memory_allocated() - before <= said + 4 * 512
 
 
 def test_a_hundred_thousand_tokens_at_constant_memory() -> None:

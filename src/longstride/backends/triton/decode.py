@@ -100,6 +100,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: CachedRows, 
                 lowered.lists,
                 out,
                 *parts,
+                rows.arrivals,
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *v.stride()[:3],
@@ -122,17 +123,4 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: CachedRows, 
                 PRECISION="tf32" if _tf32(q.dtype) else "ieee",
                 num_warps=shape.warps,
             )
-            if splits > 1:
-                kernels.combine[(batch * tokens, count, layout.share)](
-                    launch.lanes,
-                    *parts,
-                    out,
-                    heads,
-                    TOKENS=tokens,
-                    SHARE=layout.share,
-                    SPLITS=splits,
-                    V_HEAD_DIM=v_dim,
-                    BLOCK_DV=block_dv,
-                    num_warps=4,
-                )
     return out
