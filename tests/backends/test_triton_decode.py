@@ -178,7 +178,7 @@ def test_splits_fill_the_device_and_leave_no_program_without_a_tile():
     for family in ("hopper", "other", "interpreter"):
         for dtype in (torch.float32, torch.bfloat16):
             for dim in (16, 64, 128, 256):
-                assert decode_shape(family, dtype, dim, 1).keys * dim <= 64 * 256
+                assert decode_shape(family, dtype, dim, 1, 4096).keys * dim <= 64 * 256
 
 
 COMPILE = """

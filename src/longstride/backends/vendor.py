@@ -8,6 +8,7 @@ is installed, takes windows too, and key heads that query heads share.
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from importlib import import_module
 from inspect import signature
@@ -207,7 +208,9 @@ def _flash_attn_4() -> Any:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     try:
-        module = import_module("flash_attn.cute.interface")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own deprecations, which some programs take for errors
+            module = import_module("flash_attn.cute.interface")
     except Exception:  # its own imports fail in many ways
         return None
     places = {"_flash_attn_fwd": {"out"}, "_flash_attn_bwd": {"dq", "dk", "dv"}}  # where they are told to write
