@@ -1,4 +1,4 @@
-"""A few small cases on the Triton backend, both passes and decoding, to run under compute-sanitizer (make gpu-sanitize).
+"""Small cases on the Triton backend, both passes and decoding, to run under compute-sanitizer (make gpu-sanitize).
 
 Outputs are compared with the reference too: a sanitizer says nothing of a kernel that was never launched.
 """
