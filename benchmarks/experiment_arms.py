@@ -21,7 +21,7 @@ SHARED: dict[str, Any] = {
     "schedule.warmup_steps": 150,
     "run.precision": "bf16",
     "run.compile": True,
-    "run.log_every": 20,
+    "run.log_every": 50,
     # The state after the last step alone.
     "run.checkpoint_every": 1_000_000,
     "run.keep_checkpoints": 1,
@@ -89,6 +89,8 @@ def _every(layers: int, place: int, others: str, one: str) -> tuple[str, ...]:
     return tuple(one if layer == place else others for layer in range(layers))
 
 
+#: Of eight.
+TWO_DENSE_HEADS = "per_head(Local(256), Local(256), Local(256), Causal())"
 TEXT = Experiment(
     name="text",
     title="Text: 10^8 bytes of English Wikipedia (not enwik8)",
@@ -103,7 +105,7 @@ TEXT = Experiment(
     },
     arms=(
         Arm("fixed", ("Fixed(128, 32)",), maps=True),
-        Arm("local and two dense heads", _every(5, 4, "Local(256)", "per_head(Local(256), Local(256), Local(256), Causal())"), maps=True),
+        Arm("local and two dense heads", _every(5, 4, "Local(256)", TWO_DENSE_HEADS), maps=True),
         Arm("strided", ("Local(128)", "Strided(128)"), maps=True),
         Arm("dense", ("Causal()",), maps=True),
         Arm("local", ("Local(128)",)),
@@ -117,7 +119,7 @@ TEXT = Experiment(
     prompt=1024,
     drawn=1024,
     count=4,
-)  # fmt: skip
+)
 IMAGES = Experiment(
     name="images",
     title="Images: CIFAR-10",
@@ -221,10 +223,13 @@ def tiny(experiment: Experiment) -> Experiment:
         "run.compile": False,
         "run.log_every": 1,
     }
+
+    def small(text: str) -> str:
+        return re.sub(r"\d+", lambda number: str(max(2, int(number[0]) // 16)), text)
+
     arms = tuple(
-        Arm(arm.name, tuple(re.sub(r"\d+", lambda n: str(max(2, int(n[0]) // 16)), text) for text in arm.patterns[-2:]), maps=arm.maps)
-        for arm in experiment.arms[:2]
-    )  # fmt: skip
+        Arm(arm.name, tuple(small(text) for text in arm.patterns[-2:]), maps=arm.maps) for arm in experiment.arms[:2]
+    )
     return replace(
         experiment,
         recipe=recipe,

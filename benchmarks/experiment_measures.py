@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from typing import Any
@@ -47,8 +48,7 @@ def bits_by_context(nats: np.ndarray) -> dict[str, list]:
     return {
         "at_least": [[int(c), float(bits[max(c - 1, 0) :].mean())] for c in dict.fromkeys(least)],
         "around": [
-            [float((low + high) / 2), float(bits[low - 1 : high - 1].mean())]
-            for low, high in zip(edges[:-1], edges[1:], strict=True)
+            [float((low + high) / 2), float(bits[low - 1 : high - 1].mean())] for low, high in itertools.pairwise(edges)
         ],
     }
 

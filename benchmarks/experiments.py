@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from experiment_arms import EXPERIMENTS, Arm, Experiment, tiny
 from experiment_measures import attention_maps, bits_by_context, draw, for_sampling, nats_by_position, prompts_of
@@ -42,7 +43,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 SOURCES: dict[str, tuple[str, str | None, dict[str, Any], int]] = {
     "wiki": ("wiki.txt", None, {}, 12288),
     "cifar10": ("cifar-10-batches-bin", "images", {}, 3072),
-    "audio": ("audio", "audio", {"sample_rate_hz": 12_000}, 262_144),
+    "audio": ("piano", "audio", {"sample_rate_hz": 12_000}, 262_144),
     "midi": ("midi", "midi", {}, 8192),
 }
 
@@ -179,7 +180,7 @@ def sampled(
 
 
 def mapped(
-    experiment: Experiment, arm: Arm, recipe: Recipe, model: Any, data: PreparedData
+    _: Experiment, arm: Arm, recipe: Recipe, model: Any, data: PreparedData
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Learned attention of the arms that ask for it."""
     if not arm.maps:
@@ -287,6 +288,8 @@ def main() -> None:
     if options.prepare is not None:
         prepare_all(options.prepare, options.data)
         return
+    # The bars of writing a few small files would stand between the lines of the arms.
+    logging.disable_progress_bar()
     options.output.mkdir(parents=True, exist_ok=True)
     for name in names:
         experiment = tiny(EXPERIMENTS[name]) if options.tiny else EXPERIMENTS[name]

@@ -60,10 +60,9 @@ def _steps(name: str, case: dict) -> list[str]:
         times = f"{dense / ms:.2f}x" if dense else "-"
         tax = f"{ms / none:.3f}" if none else "-"
         tokens = size["batch"] * size["length"] / ms * 1e3
-        lines.append(
-            f"| {row['what']} | {patterns} | {ms:.2f} ({row['low']:.2f} to {row['high']:.2f}) | {tokens:,.0f} | {times} "
-            f"| {tax} | {row['peak_bytes'] / 2**30:.1f} GiB |"
-        )
+        spread = f"{ms:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        memory = f"{row['peak_bytes'] / 2**30:.1f} GiB"
+        lines.append(f"| {row['what']} | {patterns} | {spread} | {tokens:,.0f} | {times} | {tax} | {memory} |")
     backends = sorted({text for row in case["rows"] for text in row["how"]})
     lines += ["", f"Backends: {'; '.join(backends)}.", ""]
     lines += [f"- {aim}" for aim in aims(name, case)]
@@ -112,11 +111,12 @@ def limits(parts: dict[str, float], step_ms: float) -> str:
     total = sum(parts.values())
     products = parts["projections"] + parts["feed-forward"]
     if total < 0.9 * step_ms:
-        return f"The device computes for {total / step_ms:.0%} of the step: the host, which launches the kernels, limits it."
+        busy = f"The device computes for {total / step_ms:.0%} of the step"
+        return f"{busy}: the host, which launches the kernels, limits it."
     largest = max(parts, key=lambda part: parts[part])
     return (
-        f"The device is busy all the time; {products / total:.0%} of it is projections and feed-forward networks, which "
-        f"no attention can shorten, {parts['attention'] / total:.0%} attention, and the largest part is {largest}."
+        f"The device is busy all the time; {products / total:.0%} of it is projections and feed-forward networks, "
+        f"which no attention can shorten, {parts['attention'] / total:.0%} attention; the largest part is {largest}."
     )
 
 
@@ -137,9 +137,10 @@ def _memory(cases: dict[str, dict]) -> list[str]:
         if "ms" not in case:
             lines.append(f"| {case['text']} | {patterns} | {case['reason']} | - | - | - | - |")
             continue
+        peak, tokens_per_s = f"{case['peak_bytes'] / 2**30:.2f} GiB", case["tokens"] / case["ms"] * 1e3
         lines.append(
-            f"| {case['text']} | {patterns} | {case['recompute']} | {case['parameters']:,} "
-            f"| {case['peak_bytes'] / 2**30:.2f} GiB | {case['ms'] / 1e3:.2f} | {case['tokens'] / case['ms'] * 1e3:,.0f} |"
+            f"| {case['text']} | {patterns} | {case['recompute']} | {case['parameters']:,} | {peak} "
+            f"| {case['ms'] / 1e3:.2f} | {tokens_per_s:,.0f} |"
         )
     return [*lines, "", *(f"- {aim}" for aim in memory_aims(cases)), ""]
 

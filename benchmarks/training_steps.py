@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from contextlib import AbstractContextManager
@@ -146,7 +147,7 @@ def step_times_ms(stepper: Stepper, steps: int) -> list[float]:
         for _ in range(steps):
             stepper.step()
             times.append(time.perf_counter())
-        return [(after - before) * 1e3 for before, after in zip(times, times[1:], strict=False)]
+        return [(after - before) * 1e3 for before, after in itertools.pairwise(times)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     # A step in front, so that the host is as far ahead of the device as it gets.
     stepper.step()
@@ -157,4 +158,4 @@ def step_times_ms(stepper: Stepper, steps: int) -> list[float]:
     torch.cuda.synchronize()
     if not math.isfinite(loss.item()):
         raise AssertionError(f"the loss became {loss.item()}")
-    return [before.elapsed_time(after) for before, after in zip(events, events[1:], strict=False)]
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
