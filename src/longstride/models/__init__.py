@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from longstride.models.cache import SparseTransformerCache
 from longstride.models.configuration import BLOCKS, SparseTransformerConfig
 from longstride.models.decode_graph import DecodeGraph, graph_obstacle
+from longstride.models.memory import SegmentMemory, check_memory
 from longstride.models.modeling import SparseTransformerForCausalLM, SparseTransformerModel
 from longstride.models.recomputation import RECOMPUTE, check_recomputation, recompute_in_backward
 from longstride.models.schedule import layer_patterns
@@ -24,10 +25,12 @@ __all__ = [
     "RECOMPUTE",
     "DecodeGraph",
     "ParameterCount",
+    "SegmentMemory",
     "SparseTransformerCache",
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
     "SparseTransformerModel",
+    "check_memory",
     "check_recomputation",
     "graph_obstacle",
     "layer_patterns",
