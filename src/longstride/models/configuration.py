@@ -148,8 +148,8 @@ class SparseTransformerConfig(PreTrainedConfig):
         if self.memory != 0:
             if self.block != "modern":
                 raise ArgumentError(
-                    f"memory={self.memory} with block={self.block!r}: learned position embeddings cannot tell the tokens "
-                    "of an earlier segment from those of the present one; take block='modern', whose positions are "
+                    f"memory={self.memory} with block={self.block!r}: learned position embeddings cannot tell "
+                    "an earlier segment's tokens from the present one's; take block='modern', whose positions are "
                     "distances"
                 )
             check_memory(cycle, self.memory)

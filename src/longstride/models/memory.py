@@ -31,9 +31,9 @@ class SegmentMemory:
     """What a model carries from one segment to the next; give it to every call, as ``memory=``.
 
     Layer by layer, the latest ``tokens`` tokens at most, and of these no more than the layer's pattern may still read:
-    ``Local(w)`` takes w - 1. The first one stands where the pattern repeats, so up to ``repeats_every - 1`` tokens fewer
-    are kept. With ``tokens`` of at least the pattern's reach and ``repeats_every - 1`` more, segments give what the
-    whole text gives.
+    ``Local(w)`` takes w - 1. The first one stands where the pattern repeats, so up to ``repeats_every - 1`` tokens
+    fewer are kept. With ``tokens`` of at least the pattern's reach and ``repeats_every - 1`` more, segments give what
+    the whole text gives.
 
     Args:
         config: the model's.
@@ -81,9 +81,10 @@ class SegmentMemory:
         lengths = [kept_tokens(self.patterns[layer], held + length, self.tokens) for held in self._lengths[layer]]
         most, held = max(lengths), self._held[layer]
         if most > length and held is not None:
-            own = tuple(torch.cat((old[:, :, length - most :], new), 2) for old, new in zip(held, own, strict=True))
-        # A copy: a view would keep all of the segment's keys and values.
-        keys, values = (x[:, :, x.shape[2] - most :].detach().clone() for x in own)
+            keys, values = (torch.cat((old[:, :, length - most :], new), 2) for old, new in zip(held, own, strict=True))
+        else:
+            # A copy: a view would keep all of the segment's keys and values.
+            keys, values = (x[:, :, length - min(most, length) :].clone() for x in own)
         self._held[layer] = (keys, values) if most else None
         self._lengths[layer] = lengths
 

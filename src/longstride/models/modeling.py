@@ -210,8 +210,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
                 "embeddings end there; block='modern' has positions that do not"
             )
         raise ArgumentError(
-            f"the sequence has {longest} tokens and max_position_embeddings={most}: shorten it, or train a model with a "
-            "longer context"
+            f"the sequence has {longest} tokens and max_position_embeddings={most}: shorten it, or train a model with "
+            "a longer context"
         )
 
     def _cache(self, given: Any, use_cache: bool | None) -> SparseTransformerCache | None:
@@ -362,8 +362,8 @@ def _check_one_of(
         raise ArgumentError(f"{' and '.join(names)} together: a call takes one of them; leave the others out")
     if attention_mask is not None and (memory is not None or documents is not None):
         raise ArgumentError(
-            f"attention_mask with {names[0]}: all tokens are real there; leave it out, pad a text's last segment on the "
-            "right, and give padding the label -100"
+            f"attention_mask with {names[0]}: all tokens are real there; leave it out; pad a text's last segment on "
+            "the right, with the label -100"
         )
     if position_ids is not None and memory is not None:
         raise ArgumentError("position_ids with memory: a memory knows where its rows stand; leave them out")

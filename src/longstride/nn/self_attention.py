@@ -18,7 +18,6 @@ from longstride.errors import ArgumentError
 from longstride.nn.initialization import ResidualProjection
 from longstride.patterns import Pattern
 
-
 #: A layer's keys [batch, num_heads, length, head_dim] and values [batch, num_heads, length, v_head_dim].
 KeysValues = tuple[Tensor, Tensor]
 
@@ -67,7 +66,7 @@ class PatternAttention(nn.Module):
     Raises:
         ArgumentError: num_heads does not divide a width, or the backend's name is unknown.
 
-    Source: Child et al. 2019, section 4.1; section 6 for the half-size queries and keys.
+    Source: Child et al. 2019, sections 4.2 and 5.1; section 6 for the half-size queries and keys.
     """
 
     def __init__(
@@ -176,7 +175,7 @@ class PatternAttention(nn.Module):
 class SelfAttention(PatternAttention):
     """W_p attend(x, pattern): project to heads, attend along the pattern, project back; [B, T, d] to [B, T, d].
 
-    Source: Child et al. 2019, section 4.1.
+    Source: Child et al. 2019, section 5.1, equation 5.
     """
 
     def forward(self, hidden: Tensor, **beside: Any) -> Tensor | tuple[Tensor, KeysValues]:
