@@ -32,13 +32,13 @@ TINY = {
     "model.num_hidden_layers": 2,
     "model.num_attention_heads": 2,
     "model.dropout": 0.1,
-    "schedule.steps": 12,
-    "schedule.warmup_steps": 4,
+    "schedule.steps": 8,
+    "schedule.warmup_steps": 3,
     "schedule.batch_size": 2,
     "run.device": "cpu",
     "run.log_every": 3,
     "run.evaluate_every": 4,
-    "run.checkpoint_every": 5,
+    "run.checkpoint_every": 3,
     "run.validation_windows": 6,
 }
 LINES = [f"line {number} of a text that repeats itself\n" * (1 + number % 4) for number in range(60)]
@@ -100,12 +100,12 @@ CHOICES = {
     "joined, with a memory": {"model__memory": 16, "data__kind": "bytes"},
     "documents, with a memory": {"model__memory": 16, "data__documents": "packed"},
     "packed": {"data__documents": "packed", "data__context": 64},
-    "packed, in the paper's block": {"data__documents": "packed", "model__block": "sparse_transformer"},
 }
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(
+    ("choice", "accumulated"), [("joined, with a memory", 2), ("documents, with a memory", 1), ("packed", 2)]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(start, choice, accumulated):
     options = CHOICES[choice] | {"schedule__gradient_accumulation_steps": accumulated}
     whole, resumed = start("a", **options), start("b", **options)
@@ -124,7 +124,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(start, choice, accumulated):
 
 def test_a_run_that_lost_its_memory_would_end_otherwise(start, monkeypatch):
     """What the test above would see: without the memory in the checkpoint, the curve differs."""
-    options = CHOICES["joined, with a memory"] | {"schedule__steps": 12}
+    options = CHOICES["joined, with a memory"]
     whole, resumed = start("a", **options), start("b", **options)
     whole.train()
     resumed.train()
@@ -141,15 +141,15 @@ def test_rows_go_on_from_batch_to_batch_and_validation_leaves_them_alone(start, 
     run = start(**CHOICES["joined, with a memory"])
     run.train()
     trained = [(inputs, seen) for training, inputs, seen in batches if training]
-    assert len(trained) == 12
+    assert len(trained) == 8
     text = run.data.split("train")
     for (before, _), (after, _) in pairwise(trained):
         assert torch.equal(before["shift_labels"][:, -1], after["input_ids"][:, 0])
-    assert [seen for _, seen in trained] == [[], *[[16 * step] * 2 for step in range(1, 12)]]
-    assert [inputs["starts"] for inputs, _ in trained] == [[True, True], *[[False, False]] * 11]
+    assert [seen for _, seen in trained] == [[], *[[16 * step] * 2 for step in range(1, 8)]]
+    assert [inputs["starts"] for inputs, _ in trained] == [[True, True], *[[False, False]] * 7]
     assert torch.equal(trained[0][0]["input_ids"][0], torch.from_numpy(text[:16].astype(np.int64)))
     validated = [inputs["starts"] for training, inputs, _ in batches if not training]
-    assert validated == [[True, True], [False, False], [False, False]] * 3
+    assert validated == [[True, True], [False, False], [False, False]] * 2
 
 
 def test_a_document_begins_with_an_empty_memory(start, batches):
@@ -219,7 +219,7 @@ def bits(model, pieces):
         return torch.cat(found)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [3, 64])
 @pytest.mark.parametrize("min_context", [1, 9])
 def test_a_text_by_segments_is_the_whole_text(batch_size, min_context):
     """With a memory of the windows' reach through all layers, any number of rows measures what one forward does."""
@@ -301,7 +301,7 @@ def test_the_memory_is_a_file_of_the_checkpoint(start):
     run.train()
     last = list_checkpoints(run.folder.checkpoints)[-1].folder
     state = torch.load(last / MEMORY, weights_only=True)
-    assert state["seen"] == [192, 192]
+    assert state["seen"] == [128, 128]
     # Local(8) leaves 7 tokens to read, Strided(4) all that there is room for.
     assert state["lengths"] == [[7, 7], [16, 16]]
     assert MEMORY in json.loads((last / "complete.json").read_text())
