@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longstride.cache import PatternCache
 from longstride.errors import ArgumentError
 from longstride.nn.self_attention import KeysValues, PatternAttention
 from longstride.patterns import Pattern
@@ -99,6 +100,7 @@ class RotarySelfAttention(PatternAttention):
         self,
         hidden: Tensor,
         rotation: Rotation,
+        cache: PatternCache | None = None,
         **beside: Any,
     ) -> Tensor | tuple[Tensor, KeysValues]:
         """As `SelfAttention.forward`; ``rotation`` is that of the positions of ``hidden``."""
@@ -108,4 +110,4 @@ class RotarySelfAttention(PatternAttention):
             rotate(norm(x.to(norm.weight.dtype)), rotation).to(v.dtype)
             for norm, x in ((self.q_norm, q), (self.k_norm, k))
         )
-        return self.attend(q, k, v, **beside)
+        return self.attend(q, k, v, cache=cache, **beside)

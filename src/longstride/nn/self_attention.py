@@ -178,6 +178,8 @@ class SelfAttention(PatternAttention):
     Source: Child et al. 2019, section 5.1, equation 5.
     """
 
-    def forward(self, hidden: Tensor, **beside: Any) -> Tensor | tuple[Tensor, KeysValues]:
+    def forward(
+        self, hidden: Tensor, cache: PatternCache | None = None, **beside: Any
+    ) -> Tensor | tuple[Tensor, KeysValues]:
         """Attend within [B, T, d], and to what else is given as `attend` takes it."""
-        return self.attend(*self.project(hidden), **beside)
+        return self.attend(*self.project(hidden), cache=cache, **beside)
