@@ -53,6 +53,8 @@ class SegmentMemory:
         # For each layer the keys and values, as many as the row with the most has; the last ones are a row's own.
         self._held: list[KeysValues | None] = [None] * len(self.patterns)
         self._lengths: list[list[int]] = [[] for _ in self.patterns]
+        # `Earlier.lengths`, moved to the device once for all layers of a segment.
+        self._on_device: dict[tuple[int, ...], Tensor] = {}
 
     def open(self, batch: int) -> None:
         """Take a segment of so many rows, before the layers ask for what is `earlier`.
@@ -71,9 +73,12 @@ class SegmentMemory:
 
     def earlier(self, layer: int) -> Earlier:
         """What the layer reads of the earlier segments."""
-        lengths = self._lengths[layer]
-        same = min(lengths) == max(lengths)
-        return Earlier(self._held[layer], None if same else tuple(lengths))
+        held, lengths = self._held[layer], tuple(self._lengths[layer])
+        if held is None or min(lengths) == max(lengths):
+            return Earlier(held)
+        if lengths not in self._on_device:
+            self._on_device[lengths] = torch.tensor(lengths, device=held[0].device)
+        return Earlier(held, self._on_device[lengths])
 
     def carry(self, layer: int, own: KeysValues) -> None:
         """Keep what later segments may read of a layer's earlier keys and values and its `own`, which come after."""
@@ -90,6 +95,7 @@ class SegmentMemory:
 
     def advance(self, length: int) -> None:
         """Count a segment's tokens, when every layer has carried its own."""
+        self._on_device.clear()
         self.seen = [seen + length for seen in self.seen]
 
     def reset(self, rows: Sequence[bool] | None = None) -> None:

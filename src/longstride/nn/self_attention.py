@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from longstride.attention import BACKENDS, attention
 from longstride.attention_cached import attention_cached
@@ -28,12 +29,12 @@ class Earlier(NamedTuple):
     Args:
         keys_values: of the tokens right before the segment; None at the beginning of a text. The pattern counts from
             the first of them, so it must repeat there (`Pattern.repeats_every`).
-        lengths: how many of these tokens each row has, the last ones; None where all have all. Rows that began at
-            different times have different numbers.
+        lengths: int64[batch]: how many of these tokens each row has, the last ones, where rows began at different
+            times; None where all have all.
     """
 
     keys_values: KeysValues | None = None
-    lengths: tuple[int, ...] | None = None
+    lengths: Tensor | None = None
 
 
 class Documents(NamedTuple):
@@ -138,11 +139,7 @@ class PatternAttention(nn.Module):
         elif earlier is not None:
             attended = self._attend_after(earlier, q, k, v)
         elif documents is not None:
-            flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [batch * length, num_heads, head_dim]
-            attended = attention_varlen(
-                *flat, documents.cu_seqlens, self.pattern, backend=self.backend, max_seqlen=documents.max_seqlen
-            )
-            attended = attended.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+            attended = self._attend_within(documents, q, k, v)
         else:
             attended = attention(q, k, v, self.pattern, backend=self.backend)
         out = self.out_proj(attended.transpose(1, 2).flatten(2))
@@ -153,19 +150,26 @@ class PatternAttention(nn.Module):
         if earlier.keys_values is None:
             return attention(q, k, v, self.pattern, backend=self.backend)
         keys, values = earlier.keys_values
+        held = keys.shape[2]
+        k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
         if earlier.lengths is None:
-            k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
             return attention(q, k, v, self.pattern, backend=self.backend)
-        # The queries are the last of the positions, so rows with different numbers of keys cannot go together.
-        parts, order = [], []
-        for length in sorted(set(earlier.lengths)):
-            rows = [row for row, has in enumerate(earlier.lengths) if has == length]
-            first = keys.shape[2] - length
-            k_rows = torch.cat((keys[rows, :, first:], k[rows]), 2)
-            v_rows = torch.cat((values[rows, :, first:], v[rows]), 2)
-            parts.append(attention(q[rows], k_rows, v_rows, self.pattern, backend=self.backend))
-            order += rows
-        return torch.cat(parts)[[order.index(row) for row in range(len(order))]]
+        # The queries are the last of the positions of one length, which these rows do not have. They go as packed
+        # documents: of each row, what is not its own, and all that is, with queries for the earlier tokens as well.
+        batch, _, total, _ = k.shape
+        begins = torch.arange(batch, device=k.device) * total
+        offsets = torch.stack((begins, begins + held - earlier.lengths), 1).flatten()
+        documents = Documents(pad(offsets, (0, 1), value=batch * total).to(torch.int32), total)
+        return self._attend_within(documents, pad(q, (0, 0, held, 0)), k, v)[:, :, held:]
+
+    def _attend_within(self, documents: Documents, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each document by itself, [batch, num_heads, length, v_head_dim]."""
+        batch, _, length, _ = q.shape
+        flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [batch * length, num_heads, head_dim]
+        attended = attention_varlen(
+            *flat, documents.cu_seqlens, self.pattern, backend=self.backend, max_seqlen=documents.max_seqlen
+        )
+        return attended.unflatten(0, (batch, length)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         backend = "automatic" if self.backend is None else self.backend
