@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tests.strategies import ATOMS, Thirds, joined, per_head_mixes
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import longstride as ls
@@ -89,26 +88,6 @@ def test_a_short_memory_is_the_pattern_up_to_where_the_memory_begins(make_model,
         patch.setattr("longstride.nn.self_attention.attention", masked)
         expected = model(text).logits
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
-
-
-@settings(max_examples=100)
-@given(joined() | per_head_mixes() | st.sampled_from(ATOMS), st.integers(0, 40))
-def test_a_pattern_that_repeats_is_the_same_from_there(pattern, length):
-    every = pattern.repeats_every
-    if every is None:
-        return
-    i = torch.arange(length + 1)
-    assert torch.equal(pattern.allows(i[:, None] + every, i + every), pattern.allows(i[:, None], i))
-
-
-def test_what_repeats_and_what_does_not():
-    shifts = {str(pattern): pattern.repeats_every for pattern in ATOMS}
-    assert shifts["Local(5)"] == shifts["Strided(5)"] == shifts["LogSparse()"] == shifts["Dilated(3, 4)"] == 1
-    assert (shifts["BlockLocal(6)"], shifts["Summary(5, 2, offset=1)"], shifts["Fixed(8, 2)"]) == (6, 5, 8)
-    for pattern in (ls.Global(3), ls.RandomBlocks(4, 2), Thirds(), ls.BlockSparse(torch.ones(2, 2).bool(), 4)):
-        assert pattern.repeats_every is None
-        assert (ls.Local(3) | pattern).repeats_every is None
-    assert ls.per_head(ls.BlockLocal(6), ls.BlockLocal(4)).repeats_every == 12
 
 
 @given(st.sampled_from(sorted(REACH)), st.integers(0, 60), st.integers(11, 60))

@@ -85,10 +85,10 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         past_key_values: SparseTransformerCache | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         memory: SegmentMemory | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token.
@@ -103,12 +103,12 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             inputs_embeds: float[batch, length, hidden_size], instead of input_ids; positions are added to it.
             past_key_values: keys and values of earlier tokens, which the given ones follow; these are added to it.
             use_cache: True makes a cache for config.max_position_embeddings tokens where none is given.
+            output_hidden_states: also return the embeddings and every block's output, the last one after the norm.
             memory: what is kept of earlier segments of the same rows, which the given tokens follow; it takes these.
                 Gradients end at it.
             cu_seq_lens_q: int32 or int64[documents + 1], offsets in the batch's tokens, row after row: where documents
                 begin, said without position_ids.
             max_length_q: the tokens of the longest document, or more; with it nothing is read back from the device.
-            output_hidden_states: also return the embeddings and every block's output, the last one after the norm.
 
         Raises:
             ArgumentError: not exactly one of input_ids and inputs_embeds; a sequence longer than
@@ -262,12 +262,12 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         inputs_embeds: Tensor | None = None,
         past_key_values: SparseTransformerCache | None = None,
         use_cache: bool | None = None,
-        memory: SegmentMemory | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        max_length_q: int | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
+        memory: SegmentMemory | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given; the other arguments are :class:`SparseTransformerModel`'s.

@@ -52,8 +52,9 @@ class ByteTrainer(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(model=model, **options)
-        # All windows are equally long, so the mean over batches is the mean over bytes; and a model that takes
-        # keyword arguments without using num_items_in_batch would otherwise sum over accumulated batches.
+        # All windows are equally long, so the mean over batches is the mean over bytes, but for the few places of
+        # documents that do not count; and a model that takes keyword arguments without using num_items_in_batch would
+        # otherwise sum over accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.curve = curve
         self.keep_checkpoints = keep_checkpoints
