@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from longstride.data import PackedWindows
 from longstride.errors import ArgumentError
-from longstride.models import SegmentMemory, recompute_in_backward
+from longstride.models import SegmentMemory, compiled_blocks, recompute_in_backward
 from longstride.models.packing import document_positions
 
 PATTERNS = [
@@ -100,7 +101,7 @@ def test_a_row_may_be_longer_than_the_context_if_no_document_is(make_either, tok
     packed = model(row, position_ids=torch.cat([torch.arange(length) for length in lengths])[None]).logits[0]
     for ours, document in zip(packed.split(lengths), row[0].split(lengths), strict=True):
         torch.testing.assert_close(ours, model(document[None]).logits[0])
-    with pytest.raises(ArgumentError, match="the sequence has 50 tokens and max_position_embeddings=48"):
+    with pytest.raises(ArgumentError, match="a packed document has 50 tokens and max_position_embeddings=48"):
         model(row, cu_seq_lens_q=torch.tensor([0, 50, 69]))
 
 
@@ -132,6 +133,26 @@ def test_offsets_compile_without_a_graph_break(make_model, tokens, offsets):
     torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, **options).loss.backward()
     for parameter, theirs in zip(model.parameters(), plain, strict=True):
         torch.testing.assert_close(parameter.grad, theirs)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo's own look
+@pytest.mark.parametrize("said", ["positions", "a batch of windows"])
+def test_compiled_blocks_meet_any_number_of_documents(make_model, tokens, said):
+    """More numbers than graphs that fullgraph lets there be."""
+    model = make_model(num_hidden_layers=1).train()
+    with compiled_blocks(model, backend="eager"):
+        for number in range(1, 16):
+            begins = torch.arange(number + 1, dtype=torch.int32)
+            begins[-1] = 23
+            items = [{"input_ids": row, "labels": row, "cu_seqlens": begins} for row in tokens]
+            batch = PackedWindows.collate(items)
+            if said == "positions":
+                positions = document_positions(batch["cu_seq_lens_q"], 46).view(2, 23)
+                batch = {"input_ids": tokens, "labels": tokens, "position_ids": positions}
+            assert torch.isfinite(model(**batch).loss)
 
 
 @pytest.mark.parametrize("wrong", [[0, 1, 2, 0, 2, 3], [1, 2, 3, 0, 1, 2], [0, 1, 2, 0, 0, 2]])

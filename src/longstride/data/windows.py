@@ -121,13 +121,16 @@ class PackedWindows(Dataset[dict[str, torch.Tensor]]):
 
         Returns:
             ``input_ids`` and ``labels`` int64[batch, length], ``cu_seq_lens_q`` int32[documents + 1] of the batch's
-            tokens row after row, and ``max_length_q``, the length of a window, which no document exceeds.
+            tokens row after row, and ``max_length_q``, the length of a window, which no document exceeds. Documents
+            without tokens stand at the end, up to a power of two: compiled models then meet few numbers of them.
         """
         batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in ("input_ids", "labels")}
         length = batch["input_ids"].shape[1]
         begins = [item["cu_seqlens"][:-1] + row * length for row, item in enumerate(items)]
-        end = torch.tensor([len(items) * length], dtype=torch.int32)
-        return batch | {"cu_seq_lens_q": torch.cat([*begins, end]), "max_length_q": length}
+        offsets = torch.cat(begins)
+        ends = (1 << (len(offsets) - 1).bit_length()) + 1 - len(offsets)
+        offsets = torch.nn.functional.pad(offsets, (0, ends), value=len(items) * length)
+        return batch | {"cu_seq_lens_q": offsets, "max_length_q": length}
 
 
 def _check_fits(split: np.ndarray, length: int) -> None:

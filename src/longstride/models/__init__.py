@@ -8,6 +8,7 @@ of ``longstride.SparseTransformerConfig`` or ``longstride.SparseTransformerForCa
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from longstride.models.cache import SparseTransformerCache
+from longstride.models.compilation import compiled_blocks
 from longstride.models.configuration import BLOCKS, SparseTransformerConfig
 from longstride.models.decode_graph import DecodeGraph, graph_obstacle
 from longstride.models.memory import SegmentMemory, check_memory
@@ -32,6 +33,7 @@ __all__ = [
     "SparseTransformerModel",
     "check_memory",
     "check_recomputation",
+    "compiled_blocks",
     "graph_obstacle",
     "layer_patterns",
     "parameter_count",

@@ -19,7 +19,14 @@ from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.memory import SegmentMemory
 from longstride.models.packing import document_positions, packed_documents
 from longstride.models.padding import ChunkShift, RowShift, check_positions
-from longstride.nn import Documents, FactorizedPositions, LogitsProjection, RotaryPositions, initialize_
+from longstride.nn import (
+    Documents,
+    FactorizedPositions,
+    LogitsProjection,
+    RotaryPositions,
+    chunk_loss,
+    initialize_,
+)
 
 #: How many guessed tokens assisted generation can take back; its assistants guess 20 at a time, or a few more.
 ASSISTED_HEADROOM = 128
@@ -53,6 +60,15 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
         return super()._check_and_adjust_attn_implementation("eager", *args, **kwargs)
 
 
+def run_block(layer: nn.Module, hidden: Tensor, for_attention: dict[str, Any]) -> Any:
+    """One residual block: what `longstride.models.compiled_blocks` compiles.
+
+    Returns:
+        The block's output; with ``earlier`` segments a pair of it and the keys and values that the next ones read.
+    """
+    return layer(hidden, **for_attention)
+
+
 class SparseTransformerModel(SparseTransformerPreTrainedModel):
     """Token and position embeddings, N residual blocks, a last norm: token ids to hidden states.
 
@@ -73,6 +89,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             assert config.position_axes is not None
             self.embed_positions = FactorizedPositions(config.position_axes, config.hidden_size)
         self.layers = build_blocks(config)
+        self.run_block = run_block
         self.norm = last_norm(config)
         self.post_init()
 
@@ -132,12 +149,20 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         # With a mask or a cache position_ids say 0 of padding, too.
         said = position_ids if attention_mask is None and cache is None else None
-        documents = packed_documents(said, cu_seq_lens_q, max_length_q, batch, length)
+        documents = packed_documents(
+            said,
+            cu_seq_lens_q,
+            max_length_q,
+            batch=batch,
+            length=length,
+            longest=self.config.max_position_embeddings,
+        )
         _check_one_of(cache, memory, documents, attention_mask, position_ids)
         if memory is not None:
             memory.open(batch)
         seen = 0 if cache is None else cache.seen
-        self._check_length(length, seen, memory, documents)
+        if documents is None:
+            self._check_length(length, seen, memory)
         rows: PatternCache | None = None
         shift, counts = None, None
         if cache is not None:
@@ -170,15 +195,16 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states = []
+        run = self.run_block if self.training and rows is None else run_block
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(hidden)
             if rows is not None:
                 for_attention |= {"cache": rows, "layer": index, "counts": counts}
             if memory is None:
-                hidden = layer(hidden, **for_attention)
+                hidden = run(layer, hidden, for_attention)
             else:
-                hidden, own = layer(hidden, **for_attention, earlier=memory.earlier(index))
+                hidden, own = run(layer, hidden, for_attention | {"earlier": memory.earlier(index)})
                 memory.carry(index, own)
         states.append(self.norm(hidden))
         if memory is not None:
@@ -194,11 +220,9 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
-    def _check_length(self, length: int, seen: int, memory: SegmentMemory | None, documents: Documents | None) -> None:
+    def _check_length(self, length: int, seen: int, memory: SegmentMemory | None) -> None:
         longest, most = seen + length, self.config.max_position_embeddings
-        if documents is not None:
-            longest = documents.max_seqlen
-        elif memory is not None:
+        if memory is not None:
             if self.config.block == "modern":
                 return  # its positions are distances, and its memory is bounded
             longest = max(memory.seen) + length
@@ -251,6 +275,7 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         super().__init__(config)
         self.model = SparseTransformerModel(config)
         self.lm_head = LogitsProjection(config.hidden_size, config.vocab_size, bias=False)
+        self.chunk_loss = chunk_loss
         self.post_init()
 
     @can_return_tuple
@@ -288,7 +313,14 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is not None and attention_mask is None and past_key_values is None and not use_cache:
             batch, length = inputs.shape[:2]
-            documents = packed_documents(position_ids, cu_seq_lens_q, max_length_q, batch, length)
+            documents = packed_documents(
+                position_ids,
+                cu_seq_lens_q,
+                max_length_q,
+                batch=batch,
+                length=length,
+                longest=self.config.max_position_embeddings,
+            )
             if documents is not None:
                 position_ids, (cu_seq_lens_q, max_length_q) = None, documents
                 if labels is not None:
@@ -312,7 +344,9 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         logits, loss = None, None
         every = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if self.training and labels is not None and every and self.loss_function is ForCausalLMLoss:
-            loss = chunked_causal_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
+            loss = chunked_causal_loss(
+                outputs.last_hidden_state, self.lm_head, labels, chunk_loss=self.chunk_loss, **kwargs
+            )
         else:
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
             if labels is not None:
