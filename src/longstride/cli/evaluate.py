@@ -43,7 +43,7 @@ def evaluate(
     context = model.config.max_position_embeddings - model.config.memory
     prepared = PreparedData.open(RunFolder(run).data) if RunFolder(run).data.exists() else None
     kind = None if prepared is None else prepared.decoded_as
-    packed = prepared is not None and RunFolder(run).started_with().data.documents == "packed"
+    packed = prepared is not None and RunFolder(run).packs_documents
     documents = None
     if data is not None:
         # A model reads what it was trained on, as it was decoded then.
