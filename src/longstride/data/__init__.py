@@ -6,6 +6,7 @@ from longstride.data.decoded import ON_CORRUPT, DecodedSource, cache_folder, dec
 from longstride.data.folders import written_whole
 from longstride.data.kind import CorruptFileError, Kind
 from longstride.data.prepared import PreparedData, prepare
+from longstride.data.segments import Segments
 from longstride.data.splits import SPLITS, assign_split, split_source
 from longstride.data.windows import EvenWindows, PackedWindows, RandomWindows
 
@@ -21,6 +22,7 @@ __all__ = [
     "PackedWindows",
     "PreparedData",
     "RandomWindows",
+    "Segments",
     "assign_split",
     "cache_folder",
     "decode_source",

@@ -11,6 +11,7 @@ from longstride.models.cache import SparseTransformerCache
 from longstride.models.compilation import compiled_blocks
 from longstride.models.configuration import BLOCKS, SparseTransformerConfig
 from longstride.models.decode_graph import DecodeGraph, graph_obstacle
+from longstride.models.memory import SegmentMemory, check_memory
 from longstride.models.modeling import SparseTransformerForCausalLM, SparseTransformerModel
 from longstride.models.recomputation import RECOMPUTE, check_recomputation, recompute_in_backward
 from longstride.models.schedule import layer_patterns
@@ -25,10 +26,12 @@ __all__ = [
     "RECOMPUTE",
     "DecodeGraph",
     "ParameterCount",
+    "SegmentMemory",
     "SparseTransformerCache",
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
     "SparseTransformerModel",
+    "check_memory",
     "check_recomputation",
     "compiled_blocks",
     "graph_obstacle",

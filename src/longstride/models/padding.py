@@ -112,8 +112,9 @@ def check_positions(
         agree = (shift.roll(position_ids.expand(batch, length)) == counted) | ~shift.real
     _check(
         agree.all(),
-        "position_ids must count 0, 1, 2, ... from each row's first real token, because patterns do: leave them out, "
-        "and give packed sequences a row each",
+        "position_ids must count 0, 1, 2, ... from each row's first real token, because patterns do, or from 0 again "
+        "in each packed document of a row without padding; leave them out, and say boundaries to a compiler by "
+        "cu_seq_lens_q",
     )
 
 

@@ -6,13 +6,16 @@ from longstride.nn.initialization import LogitsProjection, ResidualProjection, i
 from longstride.nn.modern_block import GatedFeedForward, ModernBlock
 from longstride.nn.positions import FactorizedPositions, default_axes
 from longstride.nn.rotary import RotaryPositions, RotarySelfAttention, rotate
-from longstride.nn.self_attention import SelfAttention
+from longstride.nn.self_attention import Documents, Earlier, KeysValues, SelfAttention
 from longstride.nn.token_loss import chunk_loss, chunk_tokens, summed_token_loss
 
 __all__ = [
+    "Documents",
+    "Earlier",
     "FactorizedPositions",
     "FeedForward",
     "GatedFeedForward",
+    "KeysValues",
     "LogitsProjection",
     "ModernBlock",
     "ResidualBlock",

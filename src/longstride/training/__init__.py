@@ -3,6 +3,7 @@
 from longstride.training.checkpoints import latest_sound
 from longstride.training.curve import read_curve
 from longstride.training.evaluation import Evaluation, evaluate
+from longstride.training.evaluation_as_trained import evaluate_as_trained
 from longstride.training.folder import RunFolder
 from longstride.training.kinds import kind_of
 from longstride.training.recipe import Recipe, parse_assignments, read_recipe
@@ -16,6 +17,7 @@ __all__ = [
     "TrainingResult",
     "check_precision",
     "evaluate",
+    "evaluate_as_trained",
     "kind_of",
     "latest_sound",
     "model_config",
