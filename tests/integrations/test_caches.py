@@ -204,6 +204,13 @@ def test_sizes_of_a_cache_are_checked(make, options):
         SparsifiedCache(ls.sparsify(make(), "Local(4)").config, **options)
 
 
+def test_layers_that_keep_something_else(make):
+    config = ls.sparsify(make(), "Local(4)").config
+    config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ls.UnsupportedError, match=r"keep something else than keys and values \(linear_attention\)"):
+        SparsifiedCache(config)
+
+
 def test_a_full_cache_says_how_large_it_should_be(make, tokens):
     model = ls.sparsify(make(), "Local(4)")
     with pytest.raises(ls.ArgumentError, match="capacity of at least 20"):

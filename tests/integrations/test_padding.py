@@ -124,8 +124,19 @@ def test_packing_that_the_collator_of_transformers_makes(make):
         torch.testing.assert_close(logits[0], torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
-def test_packing_with_a_cache_is_refused_not_mixed(make):
-    model = ls.sparsify(make(), "Local(4)")
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize(
+    "inputs", [{}, {"use_cache": False, "attention_mask": torch.ones(1, 6)}], ids=["cache", "mask"]
+)
+def test_packing_that_transformers_does_not_see_is_refused_not_mixed(make, name, inputs):
+    model = ls.sparsify(make(name), "Local(4)")
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(ls.ArgumentError, match=r"position_ids begin again within a row.*use_cache=False"):
-        model(torch.ones(1, 6, dtype=torch.long), position_ids=packed)
+        model(torch.ones(1, 6, dtype=torch.long), position_ids=packed, **inputs)
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (3, 6), (2, 2, 6)], ids=str)
+def test_a_mask_of_another_batch_is_refused(make, shape):
+    model = ls.sparsify(make(), "Local(4)")
+    with pytest.raises(ls.ArgumentError, match=r"attention_mask has shape .*: it must be \[batch, length\]"):
+        model(torch.ones(2, 6, dtype=torch.long), attention_mask=torch.ones(shape))

@@ -156,6 +156,17 @@ def test_a_mask_for_every_pair(make, tokens, mask):
             model(tokens, attention_mask=mask.double() if mask.is_floating_point() else mask)
 
 
+def test_a_share_of_the_heads(make, tokens):
+    for patterns, refused in (("per_head(Local(2), Strided(2))", True), ("Local(2)", False)):
+        model = ls.sparsify(make(), patterns)
+        model.config.num_attention_heads = 8  # of which this device has 4
+        if refused:
+            with pytest.raises(ls.UnsupportedError, match="tells heads apart, and this layer has 4 of 8"):
+                model(tokens)
+        else:
+            model(tokens)
+
+
 def test_layers_that_are_called_without_a_mask(make):
     model = ls.sparsify(make(), "Local(4)")
     hidden = torch.zeros(1, 4, 32, dtype=torch.float64)

@@ -163,6 +163,23 @@ def test_patterns_of_one_s_own(make, tokens, tmp_path):
     assert model.config.longstride["patterns"] == ["EvenKeys(3) | Local(2)"]
 
 
+def test_a_class_that_is_defined_anew(make, tokens):
+    def define(first):
+        @dataclass(frozen=True)
+        class Anew(ls.Pattern):
+            """Every query reads itself and one more."""
+
+            def allows(self, i, j):
+                return (i == j) | (j == first) & (j <= i)
+
+        return Anew()
+
+    model = ls.sparsify(make(), define(1))
+    before = model(tokens).logits
+    assert not torch.allclose(ls.sparsify(model, define(0))(tokens).logits, before)
+    assert torch.equal(ls.sparsify(model, define(1))(tokens).logits, before)
+
+
 @pytest.mark.parametrize(
     "entry",
     [

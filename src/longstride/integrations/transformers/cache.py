@@ -33,6 +33,7 @@ class SparsifiedCache(GenerationCache):
 
     Raises:
         ArgumentError: a model without patterns; capacity or headroom is out of range.
+        UnsupportedError: a model with layers of another kind than attention.
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int | None = None, headroom: int = 0) -> None:
@@ -40,6 +41,12 @@ class SparsifiedCache(GenerationCache):
         capacity = getattr(config, "max_position_embeddings", None) if capacity is None else capacity
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
             raise ArgumentError(f"capacity={capacity!r}: give the most tokens of a row, a whole number of at least 1")
+        others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if others:
+            raise UnsupportedError(
+                f"this model has layers that keep something else than keys and values ({', '.join(sorted(others))}): "
+                "use the cache that transformers makes for it"
+            )
         patterns = [pattern_of(layer_text(config, layer)) for layer in range(config.num_hidden_layers)]
         super().__init__(patterns, capacity, headroom, [_Layer(self, layer) for layer in range(len(patterns))])
         self.sizes["num_heads"] = config.num_attention_heads

@@ -15,7 +15,7 @@ from longstride.integrations.transformers.aligned import aligned_attention
 from longstride.integrations.transformers.cache import HeldKeys
 from longstride.integrations.transformers.masked import masked_attention
 from longstride.integrations.transformers.placement import Facts, Placement, check
-from longstride.integrations.transformers.saved import layer_text, looks_ahead, pattern_of
+from longstride.integrations.transformers.saved import head_rules, layer_text, looks_ahead, pattern_of
 
 #: What some models give their attention besides queries and keys, and patterns have no place for.
 _OTHER_MATHEMATICS = {
@@ -61,7 +61,8 @@ def attend(
     backend = config.longstride.get("backend")
     facts = _facts(module, query, key, attention_mask)
     if getattr(module, "layer_idx", None) == 0:
-        _refuse_packing_with_a_cache(facts, kwargs.get("position_ids"))
+        _refuse_packing_unseen(facts, kwargs.get("position_ids"))
+    _refuse_a_share_of_heads(text, query.shape[1], config.num_attention_heads)
     if facts.is_causal and looks_ahead(text):
         raise UnsupportedError(
             f"{text} lets a token attend to later ones, and this model is a decoder, which predicts those: intersect "
@@ -121,7 +122,15 @@ def _facts(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor
     return Facts(query.shape[2], key.shape[2], 0, None, 0, None, None, None, is_causal=False)
 
 
-def _refuse_packing_with_a_cache(facts: Facts, position_ids: Tensor | None) -> None:
+def _refuse_a_share_of_heads(text: str, present: int, num_heads: int) -> None:
+    if present != num_heads and len(head_rules(text, num_heads)) > 1:
+        raise UnsupportedError(
+            f"{text} tells heads apart, and this layer has {present} of {num_heads}, as under tensor parallelism: give "
+            "all heads one pattern"
+        )
+
+
+def _refuse_packing_unseen(facts: Facts, position_ids: Tensor | None) -> None:
     """transformers looks for packed documents only where there is no cache, and most models make one by themselves."""
     if torch.compiler.is_compiling() or facts.q_offset != 0:
         return
@@ -129,8 +138,8 @@ def _refuse_packing_with_a_cache(facts: Facts, position_ids: Tensor | None) -> N
         return
     if position_ids is not None and position_ids.dim() == 2 and bool((position_ids.diff() != 1).any()):
         raise ArgumentError(
-            "position_ids begin again within a row, and with a cache transformers does not take that for packed "
-            "documents: pass use_cache=False"
+            "position_ids begin again within a row, which transformers takes for packed documents only where there is "
+            "neither a mask nor a cache: leave attention_mask out and pass use_cache=False"
         )
 
 

@@ -129,7 +129,7 @@ def place(
         first, device_offset = None if compiling else int(q_offset), q_offset.clone()
     else:
         first, device_offset = q_offset, None
-    real = None if attention_mask is None else _real(attention_mask, kv_offset + kv_length)
+    real = None if attention_mask is None else _real(attention_mask, batch_size, kv_offset + kv_length)
     if real is not None and not compiling and first is not None and real[:, : first + q_length].all():
         real = None
     documents, restarts = None, None
@@ -144,8 +144,12 @@ def place(
     return Placement.of(batch_size, facts, device)
 
 
-def _real(attention_mask: Tensor, slots: int) -> Tensor:
+def _real(attention_mask: Tensor, batch: int, slots: int) -> Tensor:
     """bool [batch, slots]: the mask may end before the memory of a StaticCache does."""
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+        raise ArgumentError(
+            f"attention_mask has shape {list(attention_mask.shape)}: it must be [batch, length], the batch {batch}"
+        )
     missing = slots - attention_mask.shape[1]
     real = attention_mask != 0
     return torch.nn.functional.pad(real, (0, missing)) if missing > 0 else real

@@ -23,15 +23,16 @@ from longstride.attention import BACKENDS
 from longstride.errors import ArgumentError, PatternError
 from longstride.models.schedule import tables_from_json, tables_to_json
 from longstride.patterns import Pattern, parse
-from longstride.patterns.base import constant_when_compiled
 
 #: What the models of transformers know this attention by, and their configurations its patterns.
 ATTENTION = "longstride"
 
-#: The tables that texts name by their content; the patterns of the texts; the rules of their heads. Filled as
-#: configurations come, and looked up afterwards, which torch.compile can follow where it cannot follow the reading.
+#: The tables that texts name by their content; the patterns of the texts; whether they look ahead; the rules of their
+#: heads. Filled as configurations come, and looked up afterwards, which torch.compile can follow where it cannot follow
+#: the reading.
 _TABLES: dict[str, torch.Tensor] = {}
 _PATTERNS: dict[str, Pattern] = {}
+_AHEAD: dict[str, bool] = {}
 _RULES: dict[tuple[str, int], tuple[Pattern, ...]] = {}
 
 
@@ -42,16 +43,15 @@ def pattern_of(text: str) -> Pattern:
         PatternError: the text is not a pattern.
     """
     if text not in _PATTERNS:
-        # A model may be built under torch.device("meta") or on an accelerator; a pattern's rule is read on the CPU.
-        with torch.device("cpu"):
-            _PATTERNS[text] = parse(text, tables=_TABLES)
+        _PATTERNS[text] = _read(text)
     return _PATTERNS[text]
 
 
-@constant_when_compiled
 def looks_ahead(text: str) -> bool:
     """Whether a text's pattern is not causal."""
-    return not pattern_of(text).is_causal
+    if text not in _AHEAD:
+        _AHEAD[text] = not pattern_of(text).is_causal
+    return _AHEAD[text]
 
 
 def head_rules(text: str, num_heads: int) -> tuple[Pattern, ...]:
@@ -64,6 +64,12 @@ def head_rules(text: str, num_heads: int) -> tuple[Pattern, ...]:
         rules = pattern_of(text).split_heads(num_heads)
         _RULES[text, num_heads] = rules[:1] if all(rule == rules[0] for rule in rules) else rules
     return _RULES[text, num_heads]
+
+
+def _read(text: str) -> Pattern:
+    # A model may be built under torch.device("meta") or on an accelerator; a pattern's rule is read on the CPU.
+    with torch.device("cpu"):
+        return parse(text, tables=_TABLES)
 
 
 def entry_of(patterns: Pattern | str | Sequence[Pattern | str], backend: str | None) -> dict[str, Any]:
@@ -95,15 +101,23 @@ def entry_of(patterns: Pattern | str | Sequence[Pattern | str], backend: str | N
 
 
 def _saved_text(pattern: Pattern) -> str:
+    """The pattern's text, which from now on stands for it."""
+    text = str(pattern)
     try:
-        if pattern_of(str(pattern)) == pattern:
-            return str(pattern)
+        faithful = _read(text) == pattern
     except PatternError:
-        pass
-    raise PatternError(
-        f"{pattern}: its text does not read as this pattern again, so it could not be saved with the model; make it a "
-        "frozen dataclass, whose text has all its fields"
-    )
+        faithful = False
+    if not faithful:
+        raise PatternError(
+            f"{pattern}: its text does not read as this pattern again, so it could not be saved with the model; make "
+            "it a frozen dataclass, whose text has all its fields"
+        )
+    if _PATTERNS.get(text) != pattern:  # a class of one's own that was defined anew
+        _AHEAD.pop(text, None)
+        for key in [key for key in _RULES if key[0] == text]:
+            del _RULES[key]
+        _PATTERNS[text] = pattern
+    return text
 
 
 class SavedPatterns:
@@ -127,6 +141,7 @@ class SavedPatterns:
         else:
             _TABLES.update(tables_from_json(entry.get("tables", {})))
             for text in entry["patterns"]:
+                looks_ahead(text)
                 head_rules(text, config.num_attention_heads)
         config.__dict__["longstride"] = entry
         config.__dict__["attn_implementation"] = choice
