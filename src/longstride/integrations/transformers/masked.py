@@ -34,7 +34,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, text: str, facts: Facts, s
         i, j = position[:, q_slot], position[:, kv_slot]
         there = facts.real[:, kv_slot][:, None, None]
     if facts.kv_offset and not torch.compiler.is_compiling():
-        _refuse_forgotten(text, facts, i)
+        _refuse_forgotten(text, facts)
     rules = head_rules(text, q.shape[1])
     # Of the shape [batch or 1, heads or 1, q_len, kv_len], so that rows and heads that agree share a mask.
     allowed = torch.cat([rule.allows(i[:, None, :, None], j[:, None, None, :]) for rule in rules], 1)
@@ -48,11 +48,15 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, text: str, facts: Facts, s
     return out.masked_fill(nothing, 0.0)
 
 
-def _refuse_forgotten(text: str, facts: Facts, positions: Tensor) -> None:
-    """Raise where a query at `positions` [batch or 1, q_len] may read a key before the first one that is kept."""
-    for row, first in enumerate(positions[:, 0].tolist()):
-        gone = facts.kv_offset if facts.real is None else int(facts.real[row, : facts.kv_offset].sum())
-        if first > 0 and gone and bool(pattern_of(text).retained(first)[..., :gone].any()):
+def _refuse_forgotten(text: str, facts: Facts) -> None:
+    """Raise where a new token, or one that follows, may read a key before the first one that is kept."""
+    assert facts.q_offset is not None
+    rows = [(facts.q_offset, facts.kv_offset)]  # tokens before the new ones, and how many of them are forgotten
+    if facts.real is not None:
+        before = (facts.real[:, :slot].sum(1).tolist() for slot in rows[0])
+        rows = list(zip(*before, strict=True))
+    for seen, forgotten in set(rows):
+        if forgotten and bool(pattern_of(text).retained(seen)[..., :forgotten].any()):
             raise ArgumentError(
                 f"{text} reads keys that this model's sliding-window cache has forgotten: pass "
                 "past_key_values=SparsifiedCache(model.config, capacity), which keeps what the pattern reads, or a "
