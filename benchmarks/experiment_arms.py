@@ -78,10 +78,7 @@ class Experiment:
         """The recipe of an arm; its number of steps is still to be measured."""
         values = {**SHARED, **self.recipe, **arm.changes, "model.patterns": list(arm.patterns)}
         recipe = Recipe().override(values)
-        windows = max(1, self.validation_tokens // recipe.data.context)
-        # Whole batches, so that no batch of another size has to be compiled.
-        whole = -(-windows // recipe.schedule.batch_size) * recipe.schedule.batch_size
-        return recipe.override({"run.validation_windows": whole})
+        return recipe.override({"run.validation_windows": max(1, self.validation_tokens // recipe.data.context)})
 
 
 def _every(layers: int, place: int, others: str, one: str) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ SOURCES: dict[str, tuple[str, str | None, dict[str, Any], int]] = {
     "audio": ("piano", "audio", {"sample_rate_hz": 12_000}, 262_144),
     "midi": ("midi", "midi", {}, 8192),
 }
+PLACES = ", ".join(place for place, *_ in SOURCES.values())
 
 
 class Watch:
@@ -267,7 +268,9 @@ def prepare_all(source: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="the folder of the prepared data")
-    parser.add_argument("--prepare", type=Path, metavar="SOURCE", help="make --data from the files below SOURCE")
+    parser.add_argument(
+        "--prepare", type=Path, metavar="SOURCE", help=f"make --data of the files below SOURCE: {PLACES}"
+    )
     parser.add_argument("--only", default="all", help=f"all, or names with commas: {','.join(EXPERIMENTS)}")
     parser.add_argument("--arms", type=lambda text: text.split(";"), help="names with semicolons; all unless given")
     parser.add_argument("--seconds", type=float, help="of training an arm; each experiment has its own")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -34,25 +35,33 @@ def breakdown(stepper: Stepper, size: Size, steps: int = 3) -> dict:
         if not on_cpu:
             torch.cuda.synchronize()
     parts = dict.fromkeys(PARTS, 0.0)
-    unknown: dict[str, float] = {}
-    for event in profiler.events():
+    other: Counter[str] = Counter()
+    for names, shapes, us in _spent(profiler.events(), on_cpu):
+        part = part_of(names, shapes, size)
+        parts[part] += us / 1e3 / steps
+        if part == "other":
+            other[names[0]] += us / 1e3 / steps
+    return {"steps": steps, "ms": parts, "largest_other": other.most_common(8)}
+
+
+def _spent(events: Sequence[FunctionEvent], on_cpu: bool) -> Iterator[tuple[list[str], Sequence, float]]:
+    """(names, shapes, microseconds) of what ran: of kernels, by the operator that launched them where it is known."""
+    unlaunched: Counter[str] = Counter()
+    for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
+            # Ranges that a user names are shown on the device, too, around the kernels.
+            if not getattr(event, "is_user_annotation", False):
+                unlaunched[event.name] += event.time_range.elapsed_us()
             continue
+        for kernel in event.kernels:
+            unlaunched[kernel.name] -= kernel.duration
         us = event.self_cpu_time_total if on_cpu else sum(kernel.duration for kernel in event.kernels)
         if us:
-            names = [*_ancestors(event), *(kernel.name for kernel in event.kernels)]
-            part = part_of(names, event.input_shapes or (), size)
-            parts[part] += us / 1e3 / steps
-            if part == "other":
-                unknown[event.name] = unknown.get(event.name, 0.0) + us / 1e3 / steps
-    return {
-        "steps": steps,
-        "ms": parts,
-        "largest_other": sorted(unknown.items(), key=lambda item: -item[1])[:8],
-    }
+            yield [*_ancestors(event), *(kernel.name for kernel in event.kernels)], event.input_shapes or (), us
+    yield from (([name], (), us) for name, us in unlaunched.items() if us > 0)
 
 
-def _ancestors(event: FunctionEvent) -> Iterable[str]:
+def _ancestors(event: FunctionEvent) -> Iterator[str]:
     """The event's name, and its callers'."""
     while event is not None:
         yield event.name

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from longstride.backends import torch as torch_backend
 from longstride.models import compiled_blocks, recompute_in_backward
 
 pytestmark = [
@@ -42,6 +43,19 @@ def test_the_same_steps_and_a_graph_a_pattern(make_model, tokens, block, what):
         assert list(compiled.state_dict()) == names
     for ours, theirs in zip(found, steps(plain, tokens), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("what", "forwards"), [("nothing", 3), ("blocks", 6), ("all_but_attention", 3)])
+def test_what_is_computed_twice(make_model, tokens, monkeypatch, what, forwards):
+    model = make_model(patterns="Local(4)").train()
+    recompute_in_backward(model, what)
+    with compiled_blocks(model, backend="aot_eager"):
+        model(tokens, labels=tokens).loss.backward()  # compiles, for which the operator is called as well
+        calls = []
+        forward = torch_backend.forward
+        monkeypatch.setattr(torch_backend, "forward", lambda *given: calls.append(given) or forward(*given))
+        model(tokens, labels=tokens).loss.backward()
+    assert len(calls) == forwards
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from longstride.models.modeling import SparseTransformerForCausalLM, run_block
+from longstride.models.schedule import layer_patterns
 from longstride.nn import chunk_loss
 
 #: Compiled variants of one block beside its layers' patterns: a last batch that is smaller, other precisions.
@@ -28,7 +29,7 @@ def compiled_blocks(model: SparseTransformerForCausalLM, *, backend: str = "indu
     Raises:
         torch._dynamo.exc.Unsupported: in the first training pass, where a block is no single graph.
     """
-    patterns = {layer.attention.pattern for layer in model.model.layers}
+    patterns = set(layer_patterns(model.config))
     # A memory grows to its size segment by segment, and each size is a variant of every pattern.
     variants = VARIANTS * len(patterns) if model.config.memory else VARIANTS
     model.model.run_block = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)

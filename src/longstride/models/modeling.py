@@ -1,5 +1,6 @@
 """The Sparse Transformer as Hugging Face models: the stack of residual blocks and the language model on top of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             assert config.position_axes is not None
             self.embed_positions = FactorizedPositions(config.position_axes, config.hidden_size)
         self.layers = build_blocks(config)
-        self.run_block = run_block
+        self.run_block: Callable[..., Tensor] = run_block
         self.norm = last_norm(config)
         self.post_init()
 
@@ -275,7 +276,7 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         super().__init__(config)
         self.model = SparseTransformerModel(config)
         self.lm_head = LogitsProjection(config.hidden_size, config.vocab_size, bias=False)
-        self.chunk_loss = chunk_loss
+        self.chunk_loss: Callable[..., Tensor] = chunk_loss
         self.post_init()
 
     @can_return_tuple
