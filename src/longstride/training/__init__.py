@@ -2,8 +2,8 @@
 
 from longstride.training.checkpoints import latest_sound
 from longstride.training.curve import read_curve
-from longstride.training.evaluation import Evaluation, evaluate
-from longstride.training.folder import RunFolder
+from longstride.training.evaluation import Evaluation, Span, evaluate, record_spans, window_losses, xz_bits_per_byte
+from longstride.training.folder import RunFolder, find_model
 from longstride.training.kinds import kind_of
 from longstride.training.recipe import Recipe, parse_assignments, read_recipe
 from longstride.training.run import TrainingResult, check_precision, model_config, resolve_device, train
@@ -13,9 +13,11 @@ __all__ = [
     "Evaluation",
     "Recipe",
     "RunFolder",
+    "Span",
     "TrainingResult",
     "check_precision",
     "evaluate",
+    "find_model",
     "kind_of",
     "latest_sound",
     "model_config",
@@ -23,7 +25,10 @@ __all__ = [
     "read_curve",
     "read_recipe",
     "read_scale",
+    "record_spans",
     "resolve_device",
     "scaled",
     "train",
+    "window_losses",
+    "xz_bits_per_byte",
 ]

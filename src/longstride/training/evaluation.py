@@ -9,7 +9,7 @@ stand side by side instead, as in training, and all tokens of each count but the
 import lzma
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +92,37 @@ def spans(total: int, context: int, min_context: int) -> Iterator[Span]:
 
 
 @torch.no_grad()
+def window_losses(
+    model: nn.Module, data: np.ndarray, windows: Sequence[Span], batch_size: int, progress: bool = False
+) -> Iterator[tuple[Sequence[Span], torch.Tensor]]:
+    """-ln p(token) of every prediction in equally long windows of a text, some windows at a time.
+
+    Args:
+        model: maps int64[batch, length] to ``.logits`` float[batch, length, vocabulary]; it is put into evaluation
+            mode meanwhile.
+        data: [tokens], of any whole type.
+        windows: of one length, each with one token after it.
+        batch_size: windows that go through the model at once.
+        progress: show a bar on a terminal.
+
+    Yields:
+        some windows and the losses of their predictions, float32[windows, length], in nats.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        batches = range(0, len(windows), batch_size)
+        for first in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None if progress else True):
+            batch = windows[first : first + batch_size]
+            read = np.stack([data[span.start : span.start + span.length + 1] for span in batch]).astype(np.int64)
+            tokens = torch.from_numpy(read).to(device)  # [windows, length + 1]
+            logits = model(input_ids=tokens[:, :-1]).logits.float()
+            yield batch, F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    finally:
+        model.train(was_training)
+
+
 def evaluate(
     model: nn.Module,
     data: np.ndarray,
@@ -133,25 +164,14 @@ def evaluate(
         )
     if record > 1 and len(data) < context:
         raise DataError(f"{len(data):,} tokens are too few to evaluate: a window has {context:,}; give more data")
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     began = time.monotonic()
     windows = list(spans(len(data), context, min_context) if record == 1 else record_spans(len(data), context, record))
     nats, counted = 0.0, 0
-    batches = range(0, len(windows), batch_size)
-    for first in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None if progress else True):
-        batch = windows[first : first + batch_size]
-        # [batch, length + 1]; all windows are equally long.
-        read = np.stack([data[span.start : span.start + span.length + 1] for span in batch]).astype(np.int64)
-        tokens = torch.from_numpy(read).to(device)
-        logits = model(input_ids=tokens[:, :-1]).logits.float()
-        losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-        position = torch.arange(losses.shape[1], device=device)
-        counts = position >= torch.tensor([span.first for span in batch], device=device)[:, None]
+    for batch, losses in window_losses(model, data, windows, batch_size, progress):
+        position = torch.arange(losses.shape[1], device=losses.device)
+        counts = position >= torch.tensor([span.first for span in batch], device=losses.device)[:, None]
         nats += losses[counts].double().sum().item()
         counted += int(counts.sum())
-    model.train(was_training)
     elapsed_s = time.monotonic() - began
     # The compressors get the first token of each record, too.
     counted_data = np.asarray(data[min_context:] if record == 1 else data[: windows[-1].start + context])
