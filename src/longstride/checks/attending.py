@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from longstride.checks.schedule_file import patterns_in
 from longstride.checks.subject import Subject
 from longstride.errors import ArgumentError, PatternError
 from longstride.models import SparseTransformerForCausalLM, layer_patterns
@@ -18,8 +19,7 @@ def read_schedule(patterns: Path | Sequence[str | Pattern], subject: Subject) ->
     """The pattern of every layer.
 
     Args:
-        patterns: texts or values, cycled over the layers; or a YAML file with such a list of texts under ``patterns``,
-            as `write_schedule` leaves it.
+        patterns: texts or values, cycled over the layers; or the file of a schedule, as `write_schedule` leaves it.
 
     Raises:
         ArgumentError: there are none, more than layers, or the file has no such list.
@@ -27,7 +27,7 @@ def read_schedule(patterns: Path | Sequence[str | Pattern], subject: Subject) ->
             heads.
     """
     if isinstance(patterns, Path):
-        patterns = _texts_in(patterns)
+        patterns = patterns_in(patterns)
     if not patterns:
         raise ArgumentError("patterns=[]: give at least one pattern, such as 'Local(128)'")
     if len(patterns) > subject.num_layers:
@@ -43,21 +43,6 @@ def read_schedule(patterns: Path | Sequence[str | Pattern], subject: Subject) ->
             )
         pattern.split_heads(subject.num_heads)
     return tuple(cycle[layer % len(cycle)] for layer in range(subject.num_layers))
-
-
-def _texts_in(path: Path) -> list[str]:
-    """The pattern texts of a schedule's file."""
-    import yaml
-
-    try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
-        raise ArgumentError(f"{path}: the schedule cannot be read ({reason})") from error
-    texts = written.get("patterns") if isinstance(written, dict) else None
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ArgumentError(f"{path}: a schedule is YAML with a list of pattern texts under `patterns`")
-    return texts
 
 
 def schedule_of(subject: Subject) -> tuple[Pattern, ...]:
