@@ -116,6 +116,8 @@ def find_needles(
         )
     facts = [_Fact.draw(subject, haystack, trial) for trial in range(haystack.trials)]
     predictor = subject.predictor()
+    was_training = predictor.training
+    predictor.eval()
     device = next(predictor.parameters()).device
     each = (len(haystack.lengths), len(haystack.depths), haystack.trials)
     chosen, probability, written = (np.zeros(each) for _ in range(3))
@@ -132,6 +134,7 @@ def find_needles(
             chosen[place, depth, trial] = bool((among[0] > among[1:]).all())
             probability[place, depth, trial] = among[0].item()
             written[place, depth, trial] = answer.argmax(1).tolist() == list(fact.value)
+    predictor.train(was_training)
     tables = (tuple(map(tuple, shares.mean(-1).tolist())) for shares in (chosen, probability, written))
     return Retrieval(haystack, *tables, unit=subject.unit)
 
@@ -162,29 +165,23 @@ class _Fact:
         letters = np.array(list(string.ascii_lowercase))
         key = "".join(generator.choice(list(string.digits), KEY_DIGITS))
         before, after = haystack.needle.replace("{key}", key).split("{value}")
-        space = ""
-        if subject.tokenizer is not None and before.endswith(" "):
-            # A tokenizer makes one token of a space and the beginning of a word.
-            before, space = before[:-1], " "
-        candidates = []
+        values = []
         for first in generator.permutation(letters):
             # No letter twice, so that what comes after a letter is never in doubt.
             rest = generator.choice(letters[letters != first], VALUE_LETTERS - 1, replace=False)
-            candidates.append(_tokens(subject, space + first + "".join(rest)))
-        shared = _shared_beginning(candidates)
-        distinct: dict[int, tuple[int, ...]] = {}
-        for tokens in candidates:
-            if len(tokens) > shared:
-                distinct.setdefault(tokens[shared], tokens)
-        if len(distinct) < haystack.candidates:
-            raise ArgumentError(
-                f"--candidates {haystack.candidates}: this tokenizer tells only {len(distinct)} values apart by their "
-                "first token; ask for fewer"
-            )
-        first_tokens = tuple(distinct)[: haystack.candidates]
-        right = distinct[first_tokens[0]]
-        question = (*_tokens(subject, before), *right[:shared])
-        return cls(question, right[shared:], _tokens(subject, after), first_tokens)
+            values.append(first + "".join(rest))
+        cut = len(before.rstrip(" "))
+        # Most tokenizers make one token of a space and the beginning of a word; bytes, and some, do not.
+        for question, space in ((before[:cut], before[cut:]), (before, "")):
+            shared, distinct = _apart([_tokens(subject, space + value) for value in values])
+            if len(distinct) >= haystack.candidates:
+                right, *_ = distinct.values()
+                first_tokens = tuple(distinct)[: haystack.candidates]
+                return cls((*_tokens(subject, question), *shared), right, _tokens(subject, after), first_tokens)
+        raise ArgumentError(
+            f"--candidates {haystack.candidates}: this tokenizer tells only {len(distinct)} values apart by their "
+            "first token; ask for fewer"
+        )
 
     def sequence(self, length: int, depth: float, text: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """int64[length]: a piece of the text with the needle in it, the question, and the value but for its last."""
@@ -239,12 +236,20 @@ def _batches(
         begin = end
 
 
-def _shared_beginning(candidates: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens all of them begin with, such as one for a space."""
+def _apart(values: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]]:
+    """What all values begin with, such as a token for a space, and the rest of those that then differ, by their first.
+
+    >>> _apart([(9, 1, 2), (9, 3), (9, 1, 4)])
+    ((9,), {1: (1, 2), 3: (3,)})
+    """
     shared = 0
-    while all(len(tokens) > shared for tokens in candidates) and len({tokens[shared] for tokens in candidates}) == 1:
+    while all(len(tokens) > shared for tokens in values) and len({tokens[shared] for tokens in values}) == 1:
         shared += 1
-    return shared
+    distinct: dict[int, tuple[int, ...]] = {}
+    for tokens in values:
+        if len(tokens) > shared:
+            distinct.setdefault(tokens[shared], tokens[shared:])
+    return values[0][:shared], distinct
 
 
 def _tokens(subject: Subject, text: str) -> tuple[int, ...]:

@@ -4,8 +4,8 @@
 2. These changes one after another, those first that cost least for the pairs that they save. Each is measured together
    with all that were taken before it, and taken if the whole stays within the tolerance: what single layers cost does
    not add up, so it decides the order and nothing else.
-3. The result is measured on windows that neither step saw, beside the model as it is; a search finds what suits its own
-   windows, and there it looks better than it is. While the rise is above the tolerance there, the last change is undone.
+3. The result is measured on windows that neither step saw, beside the model as it is: a search finds what suits its
+   own windows, and looks better there than it is. While the rise is above the tolerance, the last change is undone.
 
 Loss is the mean of -log2 p(token) over the second half of each window, as in `longstride.training.evaluate`.
 """
@@ -144,8 +144,8 @@ class Suggestion:
         return (
             f"{changed} of {len(self.patterns)} layers changed; {self.pairs_left:.1%} of the pairs at "
             f"{self.context:,} {self.unit}s are left.\n"
-            f"On text that the search did not see, all of it at once: {self.bits_before:.4f} bits per {self.unit} as it "
-            f"is, {self.bits:.4f} along the schedule, {self.rise_bits:+.4f}{error}; allowed was "
+            f"Measured as a whole, on text that the search did not see: {self.bits_before:.4f} bits per {self.unit} as "
+            f"it is, {self.bits:.4f} along the schedule, {self.rise_bits:+.4f}{error}; allowed was "
             f"{self.tolerance_bits:+.4f}."
         )
 
@@ -256,8 +256,8 @@ def _windows(data: np.ndarray, search: Search) -> tuple[list[Span], list[Span]]:
     every = list(record_spans(len(data), search.context + 1 if search.record == 1 else search.context, search.record))
     if len(every) < 2:
         raise DataError(
-            f"{len(data):,} {search.unit}s are too few: the search needs two windows of {search.context:,}, one for itself and "
-            "one for its result; give more data or a smaller --context"
+            f"{len(data):,} {search.unit}s are too few: the search needs two windows of {search.context:,}, one for "
+            "itself and one for its result; give more data or a smaller --context"
         )
     count = min(2 * search.windows, len(every))
     chosen = [every[number * len(every) // count] for number in range(count)]

@@ -104,6 +104,8 @@ class Predictor(nn.Module):
         super().__init__()
         self.model = model
         self.start = start
+        # A module begins in training mode, and whoever puts this one back into its mode puts the model there too.
+        self.training = model.training
         self.can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: int = 0) -> SimpleNamespace:
@@ -150,7 +152,9 @@ def load_causal_lm(folder: Path, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    import longstride.models  # noqa: F401 (makes the Sparse Transformer known to transformers)
+    # Both make themselves known to transformers: Sparse Transformers, and models that were sparsified and saved.
+    import longstride.integrations.transformers
+    import longstride.models  # noqa: F401
 
     # Reading a few small files needs no bar.
     logging.disable_progress_bar()
@@ -175,12 +179,13 @@ def _load_tokenizer(folder: Path) -> Any:
 @torch.no_grad()
 def _check_causal(model: Any, folder: Path, context: int | None) -> None:
     """A model that sees what it is to predict would look perfect: its figures would mean nothing."""
-    length = PROBE_TOKENS if context is None else min(PROBE_TOKENS, context)
+    length = PROBE_TOKENS if context is None else max(2, min(PROBE_TOKENS, context))
     tokens = torch.arange(length, device=next(model.parameters()).device).expand(2, -1).clone()
     tokens[1, -1] += 1
     tokens %= model.config.get_text_config().vocab_size
-    before = Predictor(model)(tokens).logits[:, :-1].float()
-    if not torch.allclose(before[0], before[1], rtol=1e-2, atol=1e-2):
+    logits = Predictor(model)(tokens).logits[:, :-1]
+    rounding = 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if (logits[0] - logits[1]).abs().max() > rounding:
         raise ArgumentError(
             f"the model in {folder} is no causal language model: what it predicts depends on later tokens"
         )
