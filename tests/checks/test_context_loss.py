@@ -29,7 +29,14 @@ def test_bits_are_the_cross_entropy_of_each_range(subject):
         logits = subject.model(windows[:, :-1]).logits.double()
     bits = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none") / math.log(2)
     assert measured.windows == 14
-    assert [(entry.fewest, entry.most) for entry in measured.ranges] == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 20)]
+    assert [(entry.fewest, entry.most) for entry in measured.ranges] == [
+        (1, 1),
+        (2, 2),
+        (3, 4),
+        (5, 8),
+        (9, 16),
+        (17, 20),
+    ]
     for entry in measured.ranges:
         columns = bits[:, entry.fewest - 1 : entry.most]
         assert entry.tokens == columns.numel()
@@ -52,7 +59,7 @@ def test_copying_pays_from_the_period_on_and_a_shorter_window_forgets_it(subject
     table = context_table(measured).splitlines()
     assert table[0].split()[:5] == ["context", "bytes", "bits", "+/-", "perplexity"]
     assert table[0].split()[5:] == ["bits", "Local(30)", "more", "bits", "Local(31)", "more"]
-    assert table[-1].split()[:3] == ["32", "to", "63"]
+    assert table[-1].split()[:3] == ["33", "to", "63"]
 
 
 def test_records_begin_windows(subject):

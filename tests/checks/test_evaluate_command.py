@@ -9,6 +9,8 @@ from tests.copier import copier
 from typer.testing import CliRunner
 
 from longstride.cli import app
+from longstride.data import decode_source, make_kind, prepare
+from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
 
 NEEDLE = ("--needle", "{key}={value}!")
 
@@ -42,8 +44,8 @@ def test_tables_files_and_pictures(folder, text, tmp_path):
     by_context = json.loads((tmp_path / "checks" / "context.json").read_text())
     assert by_context["text"] == str(text)
     as_it_is, otherwise = (by_context["measured"][name]["ranges"][-1] for name in ("as it is", "otherwise"))
-    assert (as_it_is["fewest"], as_it_is["most"], as_it_is["tokens"]) == (64, 64, 8)
-    assert as_it_is["bits"] < 0.1 < 4 < otherwise["bits"]
+    assert (as_it_is["fewest"], as_it_is["most"], as_it_is["tokens"]) == (33, 64, 256)
+    assert as_it_is["bits"] < 2 < 4 < otherwise["bits"]
     needles = json.loads((tmp_path / "checks" / "needle.json").read_text())["measured"]
     # An eighth and a quarter of the context are too short for a needle.
     assert needles["as it is"]["haystack"]["lengths"] == [32, 64]
@@ -109,3 +111,22 @@ def test_folder_that_cannot_be_written(folder, text, tmp_path):
     result = evaluate(folder, "--data", text, "--checks", *NEEDLE, "--trials", 1, "--output", blocked / "checks")
     assert result.exit_code == 2
     assert f"error: cannot write in {blocked}/checks (Not a directory): choose another --output" in result.output
+
+
+def test_data_that_are_no_text_have_no_needles(tmp_path):
+    """A run on a table: three tokens, fewer than there are bytes."""
+    table = tmp_path / "table.csv"
+    table.write_text("a,b\n" + "1,2\n3,4\n5,7\n" * 200)
+    source = decode_source(table, make_kind("csv", 32, {"bins": 2, "binning": "quantile"}), cache=tmp_path / "cache")
+    prepare(source, tmp_path / "run" / "data", context=32)
+    config = SparseTransformerConfig(
+        vocab_size=3, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
+    )
+    SparseTransformerForCausalLM(config).save_pretrained(tmp_path / "run" / "model")
+    result = evaluate(tmp_path / "run", "--checks", "--split", "train")
+    assert result.exit_code == 0, result.output
+    assert "No needles: they are sentences, and these data are csv." in result.output
+    assert sorted(path.name for path in (tmp_path / "run" / "checks").iterdir()) == ["context.json", "context.png"]
+    refused = evaluate(tmp_path / "run", "--checks", "--length", 20)
+    assert refused.exit_code == 2
+    assert "error: --length: a needle is a sentence, and the test split of" in refused.output

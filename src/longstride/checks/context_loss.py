@@ -4,6 +4,7 @@ A model that uses its context predicts better the more it has. A pattern that cu
 curve that goes flat, or rises, from where the pattern no longer reaches.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,12 +51,13 @@ class LossByContext:
 
 
 def context_ranges(longest: int) -> list[tuple[int, int]]:
-    """1, 2 to 3, 4 to 7, ... up to ``longest``, both ends included.
+    """1, 2, 3 to 4, 5 to 8, ... up to ``longest``, both ends included.
 
     >>> context_ranges(10)
-    [(1, 1), (2, 3), (4, 7), (8, 10)]
+    [(1, 1), (2, 2), (3, 4), (5, 8), (9, 10)]
     """
-    return [(2**power, min(2 ** (power + 1) - 1, longest)) for power in range(longest.bit_length())]
+    ends = [1, *(min(2**power, longest) for power in range(1, (longest - 1).bit_length() + 1))]
+    return [(previous + 1, end) for previous, end in itertools.pairwise([0, *ends])]
 
 
 def loss_by_context(
@@ -119,6 +121,11 @@ def context_table(measured: Mapping[str, LossByContext]) -> str:
         line = f"{span:>17} {entry.tokens:>11,} {entry.bits:>8.4f} {error:>7} {entry.perplexity:>11,.2f}"
         for name, other in zip(list(measured)[1:], others, strict=True):
             bits = other.ranges[row].bits
-            line += f"  {bits:>{max(8, len(name) + 5)}.4f} {bits - entry.bits:>+8.4f}"
+            line += f"  {bits:>{max(8, len(name) + 5)}.4f} {_signed(bits - entry.bits):>8}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _signed(bits: float) -> str:
+    """Four digits, and no minus before a zero."""
+    return f"{round(bits, 4) + 0.0:+.4f}"
