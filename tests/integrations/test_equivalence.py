@@ -94,7 +94,7 @@ def test_a_vision_model_has_no_mask_and_no_layer_numbers():
         ls.sparsify(model, ["Full()", "Local(2, lookahead=1)"])
 
 
-def test_sparsify_works_in_place_and_leaves_the_weights(make, tokens):
+def test_sparsify_works_in_place_and_leaves_the_weights(make):
     model = make()
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert ls.sparsify(model, ls.Local(3)) is model

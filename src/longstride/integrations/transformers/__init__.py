@@ -7,8 +7,8 @@ sparsified and saved can be loaded. `longstride.sparsify` imports it.
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from longstride.integrations.transformers.interface import attend
 from longstride.integrations.transformers.cache import SparsifiedCache
+from longstride.integrations.transformers.interface import attend
 from longstride.integrations.transformers.placement import place
 from longstride.integrations.transformers.saved import ATTENTION
 from longstride.integrations.transformers.sparsify import sparsify

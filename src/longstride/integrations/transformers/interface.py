@@ -11,6 +11,7 @@ from transformers.utils import output_capturing
 from longstride.attention import attention
 from longstride.attention_varlen import attention_varlen
 from longstride.errors import ArgumentError, UnsupportedError
+from longstride.integrations.transformers.aligned import aligned_attention
 from longstride.integrations.transformers.cache import HeldKeys
 from longstride.integrations.transformers.masked import masked_attention
 from longstride.integrations.transformers.placement import Facts, Placement, check
@@ -59,6 +60,8 @@ def attend(
     text = layer_text(config, getattr(module, "layer_idx", None))
     backend = config.longstride.get("backend")
     facts = _facts(module, query, key, attention_mask)
+    if getattr(module, "layer_idx", None) == 0:
+        _refuse_packing_with_a_cache(facts, kwargs.get("position_ids"))
     if facts.is_causal and looks_ahead(text):
         raise UnsupportedError(
             f"{text} lets a token attend to later ones, and this model is a decoder, which predicts those: intersect "
@@ -118,6 +121,18 @@ def _facts(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor
     return Facts(query.shape[2], key.shape[2], 0, None, 0, None, None, None, is_causal=False)
 
 
+def _refuse_packing_with_a_cache(facts: Facts, position_ids: Tensor | None) -> None:
+    """transformers looks for packed documents only where there is no cache, and most models make one by themselves."""
+    looked_for = facts.documents is not None or facts.restarts is not None or facts.real is not None
+    if looked_for or facts.q_offset != 0 or torch.compiler.is_compiling():
+        return
+    if position_ids is not None and position_ids.dim() == 2 and bool((position_ids.diff() != 1).any()):
+        raise ArgumentError(
+            "position_ids begin again within a row, and with a cache transformers does not take that for packed "
+            "documents: pass use_cache=False"
+        )
+
+
 def _along(
     q: Tensor,
     k: Tensor,
@@ -130,14 +145,18 @@ def _along(
 ) -> Tensor:
     """Attention to dense keys: whole sequences, documents, or new tokens after those of a cache."""
     pattern = pattern_of(text)
-    on_device = facts.device_offset is not None and torch.compiler.is_compiling()
-    if on_device or facts.kv_offset > 0 or (facts.real is not None and facts.documents is None):
+    if facts.kv_offset > 0 or (facts.device_offset is not None and torch.compiler.is_compiling()):
         if backend is not None:
             raise UnsupportedError(
-                f"backend={backend!r}: with padding, a sliding-window cache or a compiled StaticCache, new tokens are "
-                "computed by PyTorch's masked attention; leave backend out, or pass past_key_values=SparsifiedCache("
-                "model.config, capacity)"
+                f"backend={backend!r}: after a sliding-window cache, and in a compiled step after a StaticCache, new "
+                "tokens are computed by PyTorch's masked attention; leave backend out, or pass past_key_values="
+                "SparsifiedCache(model.config, capacity)"
             )
+        return masked_attention(q, k, v, text, facts, scale)
+    if facts.real is not None and facts.documents is None:
+        # A single token costs less without moving the keys.
+        if facts.q_len > 1 or backend is not None:
+            return aligned_attention(q, k, v, pattern, facts, scale, backend)
         return masked_attention(q, k, v, text, facts, scale)
     assert facts.q_offset is not None
     # A StaticCache has room behind the tokens that are there.

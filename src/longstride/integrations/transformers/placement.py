@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.masking_utils import causal_mask_function
 from longstride.errors import ArgumentError, UnsupportedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Facts:
     """What a `Placement` carries. A slot is a column of the padded batch, counted from the sequences' beginning.
 
@@ -44,6 +45,18 @@ class Facts:
     documents: Tensor | None
     restarts: Tensor | None
     is_causal: bool
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, int, int]:
+        """Of padded rows: the slot of each row's n-th real token, int64 [batch, slots], and the positions from which
+        and to which some row has queries. What stands behind a row's last real token means nothing.
+        """
+        assert self.real is not None
+        assert self.q_offset is not None
+        there = self.real[:, : self.q_offset + self.q_len]
+        order = (~there).int().argsort(dim=1, stable=True)
+        first = int(there[:, : self.q_offset].sum(1).min())
+        return order, first, max(first + 1, int(there.sum(1).max()))
 
 
 class Placement(Tensor):
