@@ -100,8 +100,8 @@ def _weights_are_collected() -> bool:
 
 
 def _facts(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Facts:
-    if isinstance(attention_mask, Placement):
-        facts = attention_mask.facts
+    facts = attention_mask.facts if isinstance(attention_mask, Placement) else None
+    if facts is not None:
         if facts.q_len != query.shape[2] or (facts.kv_len != key.shape[2] and not isinstance(key, HeldKeys)):
             raise ArgumentError(
                 f"{query.shape[2]} queries and {key.shape[2]} keys where the model announced {facts.q_len} and "
@@ -123,8 +123,9 @@ def _facts(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor
 
 def _refuse_packing_with_a_cache(facts: Facts, position_ids: Tensor | None) -> None:
     """transformers looks for packed documents only where there is no cache, and most models make one by themselves."""
-    looked_for = facts.documents is not None or facts.restarts is not None or facts.real is not None
-    if looked_for or facts.q_offset != 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or facts.q_offset != 0:
+        return
+    if facts.documents is not None or facts.real is not None:
         return
     if position_ids is not None and position_ids.dim() == 2 and bool((position_ids.diff() != 1).any()):
         raise ArgumentError(

@@ -6,8 +6,8 @@ not a mask of T x T but where queries and keys begin, which tokens are real, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -58,19 +58,37 @@ class Facts:
         first = int(there[:, : self.q_offset].sum(1).min())
         return order, first, max(first + 1, int(there.sum(1).max()))
 
+    def on(self, device: torch.device) -> Facts:
+        """These facts on another device."""
+        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors) if any(x is not getattr(self, name) for name, x in tensors.items()) else self
+
 
 class Placement(Tensor):
     """`Facts` in the shape of a mask, [batch, 1, q_len, 0]: transformers passes on tensors of four dimensions as they
     are, through caches, checkpoints and compiled graphs. It has no elements.
     """
 
-    facts: Facts
+    facts: Facts | None = None
 
     @classmethod
     def of(cls, batch: int, facts: Facts, device: torch.device | str) -> Placement:
         made = torch.empty((batch, 1, facts.q_len, 0), dtype=torch.bool, device=device).as_subclass(cls)
         made.facts = facts
         return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Facts stay with what is the same tensor, such as what checkpoints detach, and with nothing else."""
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        if func in _SAME and isinstance(made, Placement) and isinstance(args[0], Placement) and args[0].facts:
+            made.facts = args[0].facts.on(made.device)
+        return made
+
+
+_SAME = (Tensor.detach, Tensor.clone, Tensor.contiguous, Tensor.to, Tensor.cuda, Tensor.cpu)
 
 
 def place(

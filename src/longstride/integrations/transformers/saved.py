@@ -83,21 +83,26 @@ def entry_of(patterns: Pattern | str | Sequence[Pattern | str], backend: str | N
         if isinstance(pattern, Pattern):
             tables |= tables_to_json(pattern.tables())
     _TABLES.update(tables_from_json(tables))
-    texts = []
-    for one in listed:
-        # As the pattern writes itself, so that equal patterns make equal configurations.
-        texts.append(str(pattern_of(str(one))))
-        if isinstance(one, Pattern) and pattern_of(texts[-1]) != one:
-            raise PatternError(
-                f"{one}: its text reads as another pattern, so it could not be saved with the model; make it a frozen "
-                "dataclass whose fields are all in its text"
-            )
+    # As patterns write themselves, so that equal patterns make equal configurations.
+    texts = [_saved_text(one) if isinstance(one, Pattern) else str(pattern_of(one)) for one in listed]
     entry: dict[str, Any] = {"patterns": texts}
     if tables:
         entry["tables"] = tables
     if backend is not None:
         entry["backend"] = backend
     return entry
+
+
+def _saved_text(pattern: Pattern) -> str:
+    try:
+        if pattern_of(str(pattern)) == pattern:
+            return str(pattern)
+    except PatternError:
+        pass
+    raise PatternError(
+        f"{pattern}: its text does not read as this pattern again, so it could not be saved with the model; make it a "
+        "frozen dataclass, whose text has all its fields"
+    )
 
 
 class SavedPatterns:
@@ -127,8 +132,9 @@ class SavedPatterns:
 
 
 def _check_entry(entry: Any) -> None:
-    known = {"patterns", "tables", "backend"}
-    if not isinstance(entry, Mapping) or not entry.get("patterns") or (entry.keys() - known):
+    texts = entry.get("patterns") if isinstance(entry, Mapping) else None
+    listed = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
+    if not listed or entry.keys() - {"patterns", "tables", "backend"}:
         raise ArgumentError(
             f"config.longstride={entry!r}: it must be a dict of patterns (a list of texts) and, where there are, "
             "tables and backend, as longstride.sparsify writes it"
