@@ -130,6 +130,17 @@ def test_model_that_was_sparsified_before_keeps_its_patterns(tmp_path):
     assert subject.model.config.longstride == {"patterns": ["Local(3)"]}
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_model_stays_in_its_mode(training):
+    """GPT-2 drops out what it embeds, so that figures of a model in training mode would be others each time."""
+    subject = Subject(dense_copier().train(training), None, CONTEXT)
+    text = subject.encode(TEXT)
+    first, second = (loss_by_context(subject.predictor(), text, context=40) for _ in range(2))
+    assert first == second
+    assert find_needles(subject, text, HAYSTACK).written == ((1.0,) * 5,)
+    assert all(module.training == training for module in subject.model.modules())
+
+
 def test_patterns_are_put_back_after_an_error(folder):
     subject = load_subject(folder, CPU)
     with pytest.raises(KeyboardInterrupt), attending(subject, read_schedule(["Local(2)"], subject)):

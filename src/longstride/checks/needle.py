@@ -11,6 +11,7 @@ model is to go on with "qkzt". One pass of the model over the sequence says both
 A tie is no retrieval: a model that cannot tell the candidates apart has chosen nothing.
 """
 
+import itertools
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longstride.checks.subject import Subject
+from longstride.checks.subject import Predictor, Subject
 from longstride.errors import ArgumentError, DataError
+from longstride.training import evaluating
 
 KEY_DIGITS, VALUE_LETTERS = 6, 4
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -115,26 +117,14 @@ def find_needles(
             f"--length {max(haystack.lengths)}: the model looks back over at most {subject.context:,} {subject.unit}s"
         )
     facts = [_Fact.draw(subject, haystack, trial) for trial in range(haystack.trials)]
-    predictor = subject.predictor()
-    was_training = predictor.training
-    predictor.eval()
-    device = next(predictor.parameters()).device
     each = (len(haystack.lengths), len(haystack.depths), haystack.trials)
     chosen, probability, written = (np.zeros(each) for _ in range(3))
     asked = list(_sequences(text, facts, haystack, subject.unit))
-    batches = list(_batches(asked, batch_size))
-    for batch in tqdm(batches, desc="needles", unit="batch", leave=False, disable=None if progress else True):
-        tokens = torch.from_numpy(np.stack([sequence for *_, sequence in batch])).to(device)
-        longest = max(len(facts[trial].value) for _, _, trial, _ in batch)
-        logits = predictor(tokens, logits_to_keep=longest).logits.float()  # [batch, longest, vocabulary]
-        for place, depth, trial, answers in ((*where, row) for (*where, _), row in zip(batch, logits, strict=True)):
-            fact = facts[trial]
-            answer = answers[longest - len(fact.value) :]  # [value, vocabulary]
-            among = answer[0, list(fact.first_tokens)].softmax(0)  # [candidates], the right one first
-            chosen[place, depth, trial] = bool((among[0] > among[1:]).all())
-            probability[place, depth, trial] = among[0].item()
-            written[place, depth, trial] = answer.argmax(1).tolist() == list(fact.value)
-    predictor.train(was_training)
+    for sequence, answer in _answers(subject.predictor(), asked, batch_size, progress):
+        candidates = answer[0, list(sequence.fact.first_tokens)]  # [candidates], the right one first
+        chosen[sequence.where] = bool((candidates[0] > candidates[1:]).all())
+        probability[sequence.where] = candidates.softmax(0)[0].item()
+        written[sequence.where] = answer.argmax(1).tolist() == list(sequence.fact.value)
     tables = (tuple(map(tuple, shares.mean(-1).tolist())) for shares in (chosen, probability, written))
     return Retrieval(haystack, *tables, unit=subject.unit)
 
@@ -199,10 +189,22 @@ class _Fact:
         return 2 * len(self.question) + 2 * len(self.value) + len(self.end) - 1
 
 
-def _sequences(
-    text: np.ndarray, facts: Sequence[_Fact], haystack: Haystack, unit: str
-) -> Iterator[tuple[int, int, int, np.ndarray]]:
-    """(number of the length, number of the depth, trial, tokens) of everything that is asked."""
+@dataclass(frozen=True)
+class _Sequence:
+    """What the model is asked.
+
+    Args:
+        where: the numbers of its length, its depth and its trial.
+        tokens: int64[length].
+    """
+
+    where: tuple[int, int, int]
+    fact: _Fact
+    tokens: np.ndarray
+
+
+def _sequences(text: np.ndarray, facts: Sequence[_Fact], haystack: Haystack, unit: str) -> Iterator[_Sequence]:
+    """Everything that is asked, length by length."""
     needed = max(fact.tokens for fact in facts)
     if min(haystack.lengths) < needed:
         raise ArgumentError(
@@ -216,24 +218,29 @@ def _sequences(
             f"{filling:,} {unit}s of text; give more data or a smaller --length"
         )
     for place, length in enumerate(haystack.lengths):
-        for depth_number, depth in enumerate(haystack.depths):
+        for column, depth in enumerate(haystack.depths):
             for trial, fact in enumerate(facts):
                 # The same piece of text at every depth, so that depths differ by the depth alone.
                 generator = np.random.default_rng([haystack.seed, trial, length])
-                yield place, depth_number, trial, fact.sequence(length, depth, text, generator)
+                yield _Sequence((place, column, trial), fact, fact.sequence(length, depth, text, generator))
 
 
-def _batches(
-    asked: Sequence[tuple[int, int, int, np.ndarray]], batch_size: int
-) -> Iterator[Sequence[tuple[int, int, int, np.ndarray]]]:
-    """Up to ``batch_size`` neighbours of one length."""
-    begin = 0
-    while begin < len(asked):
-        end = begin
-        while end < len(asked) and end - begin < batch_size and asked[end][0] == asked[begin][0]:
-            end += 1
-        yield asked[begin:end]
-        begin = end
+def _answers(
+    predictor: Predictor, asked: Sequence[_Sequence], batch_size: int, progress: bool
+) -> Iterator[tuple[_Sequence, torch.Tensor]]:
+    """Each sequence, and the logits of its value's tokens, float32[value, vocabulary]."""
+    device = next(predictor.parameters()).device
+    bar = tqdm(total=len(asked), desc="needles", leave=False, disable=None if progress else True)
+    with evaluating(predictor), bar:
+        for _, equally_long in itertools.groupby(asked, key=lambda sequence: len(sequence.tokens)):
+            alike = list(equally_long)
+            for batch in (alike[first : first + batch_size] for first in range(0, len(alike), batch_size)):
+                tokens = torch.from_numpy(np.stack([sequence.tokens for sequence in batch])).to(device)
+                longest = max(len(sequence.fact.value) for sequence in batch)
+                logits = predictor(tokens, logits_to_keep=longest).logits.float()  # [batch, longest, vocabulary]
+                for sequence, answer in zip(batch, logits, strict=True):
+                    yield sequence, answer[longest - len(sequence.fact.value) :]
+                bar.update(len(batch))
 
 
 def _apart(values: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]]:

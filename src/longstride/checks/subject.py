@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from longstride.errors import ArgumentError, DataError
+from longstride.errors import ArgumentError, DataError, UnsupportedError
 
 # One of these lies in every folder that a tokenizer was saved into.
 TOKENIZER_FILES = (
@@ -52,7 +52,14 @@ class Subject:
 
     @property
     def num_heads(self) -> int:
-        return self.model.config.get_text_config().num_attention_heads
+        """Query heads of a layer; UnsupportedError where there are none, or layers differ in them."""
+        heads = getattr(self.model.config.get_text_config(), "num_attention_heads", None)
+        if not isinstance(heads, int):
+            raise UnsupportedError(
+                f"{type(self.model).__name__} has no number of attention heads (num_attention_heads={heads}), so that "
+                "there is nothing that a pattern could be for"
+            )
+        return heads
 
     @property
     def vocab_size(self) -> int:
@@ -160,7 +167,7 @@ def load_causal_lm(folder: Path, device: torch.device) -> Any:
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device).eval()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ArgumentError(f"the model in {folder} cannot be read: {_first_line(error)}") from error
 
 
@@ -179,7 +186,9 @@ def _load_tokenizer(folder: Path) -> Any:
 @torch.no_grad()
 def _check_causal(model: Any, folder: Path, context: int | None) -> None:
     """A model that sees what it is to predict would look perfect: its figures would mean nothing."""
-    length = PROBE_TOKENS if context is None else max(2, min(PROBE_TOKENS, context))
+    length = PROBE_TOKENS if context is None else min(PROBE_TOKENS, context)
+    if length < 2:
+        return  # there is nothing later
     tokens = torch.arange(length, device=next(model.parameters()).device).expand(2, -1).clone()
     tokens[1, -1] += 1
     tokens %= model.config.get_text_config().vocab_size

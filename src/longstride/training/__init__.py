@@ -2,7 +2,15 @@
 
 from longstride.training.checkpoints import latest_sound
 from longstride.training.curve import read_curve
-from longstride.training.evaluation import Evaluation, Span, evaluate, record_spans, window_losses, xz_bits_per_byte
+from longstride.training.evaluation import (
+    Evaluation,
+    Span,
+    evaluate,
+    evaluating,
+    record_spans,
+    window_losses,
+    xz_bits_per_byte,
+)
 from longstride.training.folder import RunFolder, find_model
 from longstride.training.kinds import kind_of
 from longstride.training.recipe import Recipe, parse_assignments, read_recipe
@@ -17,6 +25,7 @@ __all__ = [
     "TrainingResult",
     "check_precision",
     "evaluate",
+    "evaluating",
     "find_model",
     "kind_of",
     "latest_sound",

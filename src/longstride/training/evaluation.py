@@ -9,7 +9,8 @@ stand side by side instead, as in training, and all tokens of each count but the
 import lzma
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +92,17 @@ def spans(total: int, context: int, min_context: int) -> Iterator[Span]:
         predicted = start + length + 1
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """The model in evaluation mode while the block runs, and afterwards in the mode that it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def window_losses(
     model: nn.Module, data: np.ndarray, windows: Sequence[Span], batch_size: int, progress: bool = False
@@ -98,8 +110,7 @@ def window_losses(
     """-ln p(token) of every prediction in equally long windows of a text, some windows at a time.
 
     Args:
-        model: maps int64[batch, length] to ``.logits`` float[batch, length, vocabulary]; it is put into evaluation
-            mode meanwhile.
+        model: maps int64[batch, length] to ``.logits`` float[batch, length, vocabulary]; in evaluation mode meanwhile.
         data: [tokens], of any whole type.
         windows: of one length, each with one token after it.
         batch_size: windows that go through the model at once.
@@ -109,18 +120,14 @@ def window_losses(
         some windows and the losses of their predictions, float32[windows, length], in nats.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        batches = range(0, len(windows), batch_size)
+    batches = range(0, len(windows), batch_size)
+    with evaluating(model):
         for first in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None if progress else True):
             batch = windows[first : first + batch_size]
             read = np.stack([data[span.start : span.start + span.length + 1] for span in batch]).astype(np.int64)
             tokens = torch.from_numpy(read).to(device)  # [windows, length + 1]
             logits = model(input_ids=tokens[:, :-1]).logits.float()
             yield batch, F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    finally:
-        model.train(was_training)
 
 
 def evaluate(
@@ -154,7 +161,7 @@ def evaluate(
         raise ArgumentError(f"--min-context {min_context}: it must be from 1 to the model's context, {context}")
     if len(data) <= min_context:
         raise DataError(
-            f"{len(data):,} bytes are too few to evaluate: no byte has {min_context:,} others before it; give more "
+            f"{len(data):,} {unit}s are too few to evaluate: no {unit} has {min_context:,} others before it; give more "
             "data or a smaller --min-context"
         )
     if record > 1 and min_context != 1:
