@@ -136,7 +136,9 @@ def evaluate(
     if others is not None:
         more = evaluations[OTHERWISE].bits_per_byte - evaluations[AS_IT_IS].bits_per_byte
         along = "; ".join(dict.fromkeys(map(str, others)))
-        typer.echo(f"\nOtherwise, along {along}: {more:+.4f} bits per {text.unit}\n{evaluations[OTHERWISE]}")
+        # The yardsticks are those above: the text is the same.
+        first_line = str(evaluations[OTHERWISE]).splitlines()[0]
+        typer.echo(f"\nOtherwise, along {along}: {more:+.4f} bits per {text.unit}\n{first_line}")
     if checked:
         typer.echo(f"\n{show_checks(checked, text)}\n")
     for path in written:
@@ -150,7 +152,7 @@ def _option(hiding: dict[str, Any]) -> str:
 
 
 def _measure(subject: "Subject", text: "Text", context: int, min_context: int | None, batch_size: int) -> "Evaluation":
-    """The evaluation; of text that a tokenizer read, xz is given the text, and not the tokens' numbers."""
+    """The evaluation; of text that a tokenizer read, xz is given the text, all of it, and not the tokens' numbers."""
     from longstride.training import evaluate as measure
     from longstride.training import xz_bits_per_byte
 
