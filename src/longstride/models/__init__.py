@@ -8,6 +8,7 @@ of ``longstride.SparseTransformerConfig`` or ``longstride.SparseTransformerForCa
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from longstride.models.cache import SparseTransformerCache
+from longstride.models.compilation import compiled_blocks
 from longstride.models.configuration import BLOCKS, SparseTransformerConfig
 from longstride.models.decode_graph import DecodeGraph, graph_obstacle
 from longstride.models.modeling import SparseTransformerForCausalLM, SparseTransformerModel
@@ -29,6 +30,7 @@ __all__ = [
     "SparseTransformerForCausalLM",
     "SparseTransformerModel",
     "check_recomputation",
+    "compiled_blocks",
     "graph_obstacle",
     "layer_patterns",
     "parameter_count",

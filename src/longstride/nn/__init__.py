@@ -7,7 +7,7 @@ from longstride.nn.modern_block import GatedFeedForward, ModernBlock
 from longstride.nn.positions import FactorizedPositions, default_axes
 from longstride.nn.rotary import RotaryPositions, RotarySelfAttention, rotate
 from longstride.nn.self_attention import SelfAttention
-from longstride.nn.token_loss import chunk_tokens, summed_token_loss
+from longstride.nn.token_loss import chunk_loss, chunk_tokens, summed_token_loss
 
 __all__ = [
     "FactorizedPositions",
@@ -20,6 +20,7 @@ __all__ = [
     "RotaryPositions",
     "RotarySelfAttention",
     "SelfAttention",
+    "chunk_loss",
     "chunk_tokens",
     "default_axes",
     "initialize_",

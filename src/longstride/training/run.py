@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from longstride.models import (
     SparseTransformerConfig,
     SparseTransformerForCausalLM,
     check_recomputation,
+    compiled_blocks,
     recompute_in_backward,
 )
 from longstride.training.checkpoints import latest_sound
@@ -95,11 +97,18 @@ def model_config(recipe: Recipe) -> SparseTransformerConfig:
     )
 
 
-def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[str], None]) -> TrainingResult:
+def train(
+    recipe: Recipe,
+    data: PreparedData,
+    folder: RunFolder,
+    say: Callable[[str], None],
+    watch: Callable[[int, float | None, float | None], None] | None = None,
+) -> TrainingResult:
     """Train, going on from the newest sound checkpoint in ``folder`` if there is one.
 
     Args:
         say: called with a line for the screen.
+        watch: called after every step and every periodic evaluation, as `Observer`'s ``show`` is.
 
     Raises:
         CheckpointError: a checkpoint could not be written, or none of those there is sound.
@@ -127,7 +136,13 @@ def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[
     curve = Curve(folder.metrics, start)
     began = time.monotonic()
     with stop_on_ctrl_c() as interruption, _Progress(start, schedule.steps, data.unit, say) as progress:
-        observer = Observer(curve, interruption, progress.show, recipe.run.time_limit_s)
+
+        def show(step: int, train_bits: float | None, validation_bits: float | None) -> None:
+            progress.show(step, train_bits, validation_bits)
+            if watch is not None:
+                watch(step, train_bits, validation_bits)
+
+        observer = Observer(curve, interruption, show, recipe.run.time_limit_s)
         trainer = ByteTrainer(
             curve=curve,
             checkpoints=folder.checkpoints,
@@ -139,7 +154,8 @@ def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[
             callbacks=[observer],
         )
         observer.trainer = trainer
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+        with compiled_blocks(model) if recipe.run.compile else nullcontext():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     curve.flush()
     step = trainer.state.global_step
     trained_bytes = (step - start) * schedule.batch_size * schedule.gradient_accumulation_steps * context
@@ -183,6 +199,8 @@ def _training_arguments(recipe: Recipe, folder: RunFolder, device: torch.device)
         log_level="error",
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        # Batches are on their way while the device computes: waiting for each would empty its queue at every step.
+        accelerator_config={"non_blocking": device.type == "cuda"},
     )
     if args.n_gpu > 1:
         # Trainer would split every batch over all GPUs of the machine by DataParallel, unasked.
