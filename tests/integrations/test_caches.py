@@ -145,6 +145,16 @@ def test_several_samples_of_a_prompt(make, tokens):
     assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_half_precision_keeps_half_the_bytes(make, tokens, dtype):
+    model = ls.sparsify(make(dtype=dtype), PATTERNS)
+    cache = SparsifiedCache(model.config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        model.generate(tokens, max_new_tokens=3, do_sample=False, past_key_values=cache)
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "batch": 2}
+    assert cache.nbytes == ls.cache_bytes(cache.patterns, 64, dtype=torch.bfloat16, **sizes)
+
+
 def test_assisted_generation_takes_guesses_back(make, tokens):
     model, assistant = ls.sparsify(make(), PATTERNS), make(seed=1)
     prompt = tokens[:1, :9]

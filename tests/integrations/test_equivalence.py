@@ -80,6 +80,14 @@ def test_modernbert_s_own_windows(make, tokens):
     assert_same(results(ls.sparsify(model, [ls.Full(), ls.Local(5, lookahead=4)]), tokens), wanted)
 
 
+def test_a_decoder_that_is_told_to_attend_in_both_directions(make, tokens):
+    model = make(is_causal=False)
+    wanted = results(model, tokens)
+    assert_same(results(ls.sparsify(model, "Full()"), tokens), wanted)
+    pattern = ls.Local(3, lookahead=2)
+    assert_same(results(ls.sparsify(model, pattern), tokens), with_mask(make(is_causal=False), tokens, [pattern]))
+
+
 def test_a_vision_model_has_no_mask_and_no_layer_numbers():
     from transformers import ViTConfig, ViTModel
 

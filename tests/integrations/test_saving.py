@@ -8,9 +8,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from tests.integrations.conftest import GROUPED
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import longstride as ls
+from longstride.integrations.transformers import SparsifiedCache
 
 PATTERNS = ["Local(4)", "per_head(Fixed(4, 1), Strided(3))"]
 
@@ -38,6 +48,39 @@ class Nameless(ls.Pattern):
 def reload(model, folder, loader=LlamaForCausalLM, **options):
     model.save_pretrained(folder)
     return loader.from_pretrained(folder, dtype=torch.float64, **options).eval()
+
+
+def llava():
+    """A language model with a vision model beside it."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlavaConfig(
+        text_config=LlamaConfig(**GROUPED), vision_config=CLIPVisionConfig(**vision), image_token_index=30
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).double().eval()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_language_model_of_a_larger_one(tokens, tmp_path, whole):
+    model, ids = llava(), tokens.clamp(max=29)
+    dense = model(ids).logits
+    part = model.model.language_model
+    ls.sparsify(model if whole else part, "Local(4)")
+    sparse = model(ids).logits
+    assert not torch.allclose(sparse, dense)
+    assert part.config.longstride == {"patterns": ["Local(4)"]}
+    assert getattr(model.config, "longstride", None) == ({"part": "text_config"} if whole else None)
+    again = reload(model, tmp_path / "one", LlavaForConditionalGeneration)
+    third = reload(again, tmp_path / "two", LlavaForConditionalGeneration)
+    assert torch.equal(third(ids).logits, sparse)
+    prompt = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False}
+    cache = SparsifiedCache(third.config)
+    assert torch.equal(third.generate(**prompt, past_key_values=cache), model.generate(**prompt))
+    asked = reload(third, tmp_path / "three", LlavaForConditionalGeneration, attn_implementation="sdpa")
+    assert torch.equal(asked(ids).logits, dense)
+    ls.sparsify(third, None)
+    assert torch.equal(third(ids).logits, dense)
+    assert "longstride" not in third.config.to_json_string()
 
 
 @pytest.mark.parametrize("loader", [LlamaForCausalLM, AutoModelForCausalLM])
@@ -89,20 +132,24 @@ def test_another_process_refuses_to_load_it_without_the_package_and_with_it_has_
     model = ls.sparsify(make(), ls.BlockSparse(table, 4) & ls.Causal())
     again = reload(model, tmp_path)
     assert torch.equal(again(tokens).logits, model(tokens).logits)
+    whole = ls.sparsify(llava(), "Local(4)")
+    whole.save_pretrained(tmp_path / "whole")
     load = (
         "import torch\n"
-        "from transformers import LlamaForCausalLM\n"
-        "try:\n"
-        f"    LlamaForCausalLM.from_pretrained({str(tmp_path)!r})\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
+        "from transformers import LlamaForCausalLM, LlavaForConditionalGeneration\n"
+        f"for cls, name in ((LlamaForCausalLM, '.'), (LlavaForConditionalGeneration, 'whole')):\n"
+        "    try:\n"
+        f"        cls.from_pretrained({str(tmp_path)!r} + '/' + name)\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
         "import longstride.integrations.transformers\n"
         f"model = LlamaForCausalLM.from_pretrained({str(tmp_path)!r}, dtype=torch.float64)\n"
         f"print(model(torch.tensor({tokens.tolist()})).logits.sum().item())"
     )
     result = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=True)
-    refusal, total = result.stdout.splitlines()
-    assert refusal.startswith('Specified `attn_implementation="longstride"` is not supported')
+    *refusals, total = result.stdout.splitlines()
+    assert len(refusals) == 2
+    assert all(line.startswith('Specified `attn_implementation="longstride"` is not supported') for line in refusals)
     assert float(total) == pytest.approx(model(tokens).logits.sum().item(), rel=1e-9)
 
 
@@ -118,7 +165,14 @@ def test_patterns_of_one_s_own(make, tokens, tmp_path):
 
 @pytest.mark.parametrize(
     "entry",
-    ["Local(4)", {}, {"patterns": []}, {"patterns": ["Local(4)"], "more": 1}, {"patterns": "Local(4)"}],
+    [
+        "Local(4)",
+        {},
+        {"patterns": []},
+        {"part": "text_config"},
+        {"patterns": ["Local(4)"], "more": 1},
+        {"patterns": "Local(4)"},
+    ],
     ids=str,
 )
 def test_a_damaged_entry_is_refused(make, tmp_path, entry):

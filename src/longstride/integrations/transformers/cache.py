@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from longstride.attention_cached import attention_cached
+from longstride.dispatch.checks import autocast, autocast_on
 from longstride.errors import ArgumentError, UnsupportedError
 from longstride.integrations.transformers.placement import Facts
 from longstride.integrations.transformers.saved import layer_text, pattern_of
@@ -69,7 +70,8 @@ class SparsifiedCache(GenerationCache):
         k, layer = held.plain(), held.layer
         if self.rows is None:
             self.sizes |= {"num_kv_heads": k.shape[1], "head_dim": k.shape[3], "v_head_dim": v.shape[3]}
-        rows = self.rows_for(len(k), k.dtype, k.device)
+        # Rotary positions may come back in float32 where autocast has the values in fewer bits.
+        rows = self.rows_for(len(k), autocast(k)[0].dtype if autocast_on(k) else k.dtype, k.device)
         if self._fed == 0:
             self._chunk = None
             if facts.real is not None:

@@ -83,12 +83,13 @@ class Placement(Tensor):
     ) -> Any:
         """Facts stay with what is the same tensor, such as what checkpoints detach, and with nothing else."""
         made = super().__torch_function__(func, types, args, kwargs or {})
-        if func in _SAME and isinstance(made, Placement) and isinstance(args[0], Placement) and args[0].facts:
+        if getattr(func, "__name__", "") in _SAME and isinstance(made, Placement) and args[0].facts is not None:
             made.facts = args[0].facts.on(made.device)
         return made
 
 
-_SAME = (Tensor.detach, Tensor.clone, Tensor.contiguous, Tensor.to, Tensor.cuda, Tensor.cpu)
+#: The operations, of torch or of tensors, whose result is the same mask.
+_SAME = {"detach", "clone", "contiguous", "to", "cuda", "cpu"}
 
 
 def place(

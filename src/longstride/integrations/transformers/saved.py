@@ -7,7 +7,8 @@ A configuration with patterns has two more keys in its ``config.json``::
 
 transformers reads the second one and forgets it. So a process without this package refuses to build the model, since
 it knows no such attention, instead of building a dense one; and with this package a property of every configuration,
-``config.longstride``, puts the second key back whenever the first is read.
+``config.longstride``, puts the second key back whenever the first is read. Where a model has a language model as a
+part, the part's configuration has the patterns, and that of the whole has ``{"part": "text_config"}``.
 """
 
 from __future__ import annotations
@@ -119,19 +120,25 @@ class SavedPatterns:
         return config.__dict__["longstride"]
 
     def __set__(self, config: PreTrainedConfig, entry: Any) -> None:
-        _check_entry(entry)
-        _TABLES.update(tables_from_json(entry.get("tables", {})))
-        for text in entry["patterns"]:
-            head_rules(text, config.num_attention_heads)
+        _check_entry(config, entry)
+        choice: Any = ATTENTION
+        if "part" in entry:
+            choice = {entry["part"]: ATTENTION}
+        else:
+            _TABLES.update(tables_from_json(entry.get("tables", {})))
+            for text in entry["patterns"]:
+                head_rules(text, config.num_attention_heads)
         config.__dict__["longstride"] = entry
-        config.__dict__["attn_implementation"] = ATTENTION
-        config._attn_implementation = ATTENTION
+        config.__dict__["attn_implementation"] = choice
+        config._attn_implementation = choice
 
     def __delete__(self, config: PreTrainedConfig) -> None:
         del config.__dict__["longstride"], config.__dict__["attn_implementation"]
 
 
-def _check_entry(entry: Any) -> None:
+def _check_entry(config: PreTrainedConfig, entry: Any) -> None:
+    if isinstance(entry, Mapping) and entry.keys() == {"part"} and entry["part"] in config.sub_configs:
+        return
     texts = entry.get("patterns") if isinstance(entry, Mapping) else None
     listed = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
     if not listed or entry.keys() - {"patterns", "tables", "backend"}:
@@ -171,5 +178,15 @@ def layer_text(config: PreTrainedConfig, layer_idx: int | None) -> str:
     return texts[layer_idx % len(texts)]
 
 
-# A name of ours on transformers' class, beside its own: nothing that is there is replaced.
+def _choose(config: PreTrainedConfig, choice: Any) -> None:
+    """transformers' choice of an attention, except that a model which is told None, as the parts of one that is loaded
+    are, does not lose its patterns by it.
+    """
+    _transformers_choice.__set__(config, choice)
+    if choice is None and "longstride" in config.__dict__ and "part" not in config.longstride:
+        config._attn_implementation_internal = ATTENTION
+
+
+_transformers_choice: property = PreTrainedConfig._attn_implementation
+PreTrainedConfig._attn_implementation = _transformers_choice.setter(_choose)
 setattr(PreTrainedConfig, ATTENTION, SavedPatterns())

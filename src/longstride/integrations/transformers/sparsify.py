@@ -34,7 +34,8 @@ def sparsify(
     {'patterns': ['Local(8)', 'Strided(8)']}
 
     Args:
-        model: a decoder or an encoder whose attention goes through transformers' AttentionInterface.
+        model: a decoder or an encoder whose attention goes through transformers' AttentionInterface; or a model that
+            generates with one as its language model, which alone gets the patterns.
         patterns: a pattern or its text; or a list of those, cycled over the layers, the first one for layer 0.
             ``per_head(...)`` gives groups of query heads patterns of their own. Decoders take causal patterns alone.
             None makes the model as dense as transformers has it, sliding windows of its own included.
@@ -55,23 +56,38 @@ def sparsify(
             f"model is {type(model).__name__}: it must be a transformers PreTrainedModel; sparsify the model before it "
             "is wrapped in another"
         )
+    part, name = _part(model)
     if patterns is None:
-        return _dense_again(model)
+        for config in (model.config, part.config):
+            if hasattr(config, "longstride"):
+                del config.longstride
+        if part.config._attn_implementation == ATTENTION:
+            part.set_attn_implementation(part.get_correct_attn_implementation(None))
+        return model
     check_backend(backend)
-    _check_model(model)
+    _check_model(part)
     entry = entry_of(patterns, backend)
-    _check_patterns(model, entry)
-    model.set_attn_implementation(ATTENTION)
-    model.config.longstride = entry
+    _check_patterns(part, entry)
+    part.set_attn_implementation(ATTENTION)
+    part.config.longstride = entry
+    if name is not None:
+        model.config.longstride = {"part": name}
     return model
 
 
-def _dense_again(model: PreTrainedModel) -> PreTrainedModel:
-    if hasattr(model.config, "longstride"):
-        del model.config.longstride
-    if model.config._attn_implementation == ATTENTION:
-        model.set_attn_implementation(model.get_correct_attn_implementation(None))
-    return model
+def _part(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
+    """The language model that attends along patterns, and what the whole's configuration calls its own."""
+    config = model.config.get_text_config()
+    if config is model.config:
+        return model, None
+    names = [name for name in model.config.sub_configs if getattr(model.config, name) is config]
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config]
+    if not (names and parts and model.can_generate()):
+        raise UnsupportedError(
+            f"{type(model).__name__} consists of several models ({', '.join(model.config.sub_configs)}), none of which "
+            "is its language model: sparsify the one that you mean by itself"
+        )
+    return parts[0], names[0]
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -81,11 +97,6 @@ def _check_model(model: PreTrainedModel) -> None:
         raise UnsupportedError(
             f"{name} attends to an encoder (cross-attention), which has no pattern: sparsify models that attend to "
             "themselves alone"
-        )
-    if config.sub_configs:
-        raise UnsupportedError(
-            f"{name} has several parts ({', '.join(config.sub_configs)}): sparsify the one that you mean, such as "
-            "model.model.language_model"
         )
     if not model._can_set_attn_implementation() or not _attentions(model):
         raise UnsupportedError(
@@ -123,7 +134,8 @@ def _check_patterns(model: PreTrainedModel, entry: dict[str, Any]) -> None:
             "pattern for all"
         )
     longest = getattr(config, "max_position_embeddings", None)
-    if any(module.is_causal for module in attentions):
+    # A decoder that is told so attends in both directions.
+    if getattr(config, "is_causal", True) and any(module.is_causal for module in attentions):
         read_patterns(texts, entry.get("tables"), heads, 2**20 if longest is None else longest)
         return
     for text in texts:
