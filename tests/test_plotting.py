@@ -9,9 +9,17 @@ import torch
 from PIL import Image
 
 import longstride as ls
-from longstride.plotting import draw_terminal, plot_family, plot_loss, plot_pattern, plot_schedule
+from longstride.plotting import (
+    draw_terminal,
+    plot_family,
+    plot_loss,
+    plot_loss_by_context,
+    plot_pattern,
+    plot_retrieval,
+    plot_schedule,
+)
 from longstride.plotting.cells import LONGEST_PICTURE, part_cells, reach_cells
-from longstride.plotting.style import PARTS, REACH
+from longstride.plotting.style import FORBIDDEN, PARTS, REACH
 
 UNION = ls.Local(8) | ls.Strided(8)
 PATTERNS = (UNION, ls.Fixed(8, 2), ls.LogSparse(), ls.longformer(6, 2), ls.RandomBlocks(6, 2), ls.Dilated(3, 4))
@@ -191,3 +199,27 @@ def test_loss_curve_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ls.DataError, match="no bits per byte to draw"):
         plot_loss(tmp_path / "empty.jsonl", tmp_path / "loss.png")
+
+
+def test_loss_by_context_has_a_line_for_each_schedule(tmp_path: Path) -> None:
+    ranges = [(1, 1, 7.0, 0.1), (2, 3, 5.0, 0.1), (4, 7, 3.0, None)]
+    alone = plot_loss_by_context({"as it is": ranges}, tmp_path / "alone.png")
+    assert pixels(alone, PARTS[0]) > 50
+    assert pixels(alone, PARTS[1]) == 0
+    both = plot_loss_by_context({"as it is": ranges, "otherwise": [(1, 1, 8.0, None)] * 3}, tmp_path / "both.png")
+    assert pixels(both, PARTS[1]) > 50
+    with pytest.raises(ls.ArgumentError, match="at least one curve"):
+        plot_loss_by_context({}, tmp_path / "none.png")
+
+
+def test_retrieval_is_a_map_of_shares(tmp_path: Path) -> None:
+    found, lost = [[1.0] * 3] * 2, [[0.0] * 3] * 2
+    one = plot_retrieval({"as it is": found}, (64, 128), (0.0, 0.5, 1.0), tmp_path / "one.png")
+    # Six cells full of the colour of what is always found.
+    cells = pixels(one, REACH[0])
+    assert cells > 6 * 2000
+    assert pixels(one, FORBIDDEN) == 0
+    two = plot_retrieval({"as it is": found, "otherwise": lost}, (64, 128), (0.0, 0.5, 1.0), tmp_path / "two.png")
+    assert abs(pixels(two, FORBIDDEN) - pixels(two, REACH[0])) < 0.2 * cells
+    with pytest.raises(ls.ArgumentError, match="at least one table"):
+        plot_retrieval({}, (64,), (0.0,), tmp_path / "none.png")

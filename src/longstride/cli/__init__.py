@@ -37,7 +37,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help=(
-        "Train Sparse Transformers on long sequences of bytes, and look at their attention patterns.\n\n"
+        "Train Sparse Transformers on long sequences of bytes, look at attention patterns, and measure what they "
+        "cost.\n\n"
         "Start with: longstride train --output runs/first\n\n"
         "It needs no data of yours, runs on a laptop, and says what to do next."
     ),
@@ -50,9 +51,10 @@ def _add_commands() -> None:
     from longstride.cli.plan import plan
     from longstride.cli.sample import sample
     from longstride.cli.show import show
+    from longstride.cli.suggest import suggest
     from longstride.cli.train import train
 
-    for command in (train, evaluate, sample, show, plan):
+    for command in (train, evaluate, sample, suggest, show, plan):
         app.command()(command)
 
 

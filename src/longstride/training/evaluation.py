@@ -9,7 +9,8 @@ stand side by side instead, as in training, and all tokens of each count but the
 import lzma
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,78 @@ def spans(total: int, context: int, min_context: int) -> Iterator[Span]:
         predicted = start + length + 1
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """The model in evaluation mode while the block runs, and afterwards in the mode that it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+#: What a model is called with, and what its predictions are held against: int64[batch, length], -100 where they do not
+#: count.
+Batch = tuple[dict[str, Any], torch.Tensor]
+
+
+@torch.no_grad()
+def batch_losses(
+    model: nn.Module, batches: Iterable[Batch], number: int, progress: bool
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """-ln p of every prediction in ``number`` batches, and how many of them count.
+
+    Args:
+        model: in evaluation mode meanwhile.
+        progress: show a bar on a terminal.
+
+    Yields:
+        the losses of a batch, float32[batch, length], 0 where they do not count; and the number of those that do.
+    """
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for given, targets in tqdm(
+            batches, total=number, desc="evaluating", unit="batch", leave=False, disable=None if progress else True
+        ):
+            inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+            logits = model(**inputs).logits.float()
+            losses = F.cross_entropy(logits.transpose(1, 2), targets.to(device), reduction="none")  # 0 at -100
+            yield losses, int((targets != -100).sum())
+
+
+def window_losses(
+    model: nn.Module, data: np.ndarray, windows: Sequence[Span], batch_size: int, progress: bool = False
+) -> Iterator[tuple[Sequence[Span], torch.Tensor]]:
+    """-ln p(token) of the predictions in equally long windows of a text, some windows at a time.
+
+    Args:
+        model: maps int64[batch, length] to ``.logits`` float[batch, length, vocabulary]; in evaluation mode meanwhile.
+        data: [tokens], of any whole type.
+        windows: of one length, each with one token after it.
+        batch_size: windows that go through the model at once.
+        progress: show a bar on a terminal.
+
+    Yields:
+        some windows and the losses of their predictions, float32[windows, length], in nats; 0 before the first that
+        counts.
+    """
+    groups = [windows[first : first + batch_size] for first in range(0, len(windows), batch_size)]
+    batches = (_window_batch(data, group) for group in groups)
+    for group, (losses, _) in zip(groups, batch_losses(model, batches, len(groups), progress), strict=True):
+        yield group, losses
+
+
+def _window_batch(data: np.ndarray, windows: Sequence[Span]) -> Batch:
+    # [batch, length + 1]; all windows are equally long.
+    read = np.stack([data[span.start : span.start + span.length + 1] for span in windows]).astype(np.int64)
+    tokens = torch.from_numpy(read)
+    targets = tokens[:, 1:].clone()
+    for row, span in enumerate(windows):
+        targets[row, : span.first] = -100
+    return {"input_ids": tokens[:, :-1]}, targets
+
+
 def evaluate(
     model: nn.Module,
     data: np.ndarray,
@@ -119,7 +192,7 @@ def evaluate(
         ArgumentError: a minimum that the model cannot have.
         DataError: no byte of the text has so much context.
     """
-    check_min_context(data, context, min_context)
+    check_min_context(data, context, min_context, unit)
     if record > 1 and min_context != 1:
         raise ArgumentError(
             f"--min-context {min_context}: windows that begin at records of {record:,} tokens stand side by side, so "
@@ -128,33 +201,16 @@ def evaluate(
     if record > 1 and len(data) < context:
         raise DataError(f"{len(data):,} tokens are too few to evaluate: a window has {context:,}; give more data")
     windows = list(spans(len(data), context, min_context) if record == 1 else record_spans(len(data), context, record))
-
-    def batches() -> Iterator[Batch]:
-        for first in range(0, len(windows), batch_size):
-            batch = windows[first : first + batch_size]
-            # [batch, length + 1]; all windows are equally long.
-            read = np.stack([data[span.start : span.start + span.length + 1] for span in batch]).astype(np.int64)
-            tokens = torch.from_numpy(read)
-            targets = tokens[:, 1:].clone()
-            for row, span in enumerate(batch):
-                targets[row, : span.first] = -100
-            yield {"input_ids": tokens[:, :-1]}, targets
-
+    groups = [windows[first : first + batch_size] for first in range(0, len(windows), batch_size)]
+    batches = (_window_batch(data, group) for group in groups)
     # The compressors get the first token of each record, too.
     counted_data = np.asarray(data[min_context:] if record == 1 else data[: windows[-1].start + context])
     looks_back = (min_context, windows[0].length)
-    number = -(-len(windows) // batch_size)
-    result = measured(model, batches(), number, counted_data, looks_back=looks_back, progress=progress, unit=unit)
+    result = measured(model, batches, len(groups), counted_data, looks_back=looks_back, progress=progress, unit=unit)
     assert result.counted_bytes == (len(counted_data) if record == 1 else len(windows) * (context - 1))
     return result
 
 
-#: What a model is called with, and what its predictions are held against: int64[batch, length], -100 where they do not
-#: count.
-Batch = tuple[dict[str, Any], torch.Tensor]
-
-
-@torch.no_grad()
 def measured(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -172,20 +228,11 @@ def measured(
         looks_back: the fewest and the most tokens before a prediction.
         progress, unit: as in `evaluate`.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     began = time.monotonic()
     nats, counted = 0.0, 0
-    for given, targets in tqdm(
-        batches, total=number, desc="evaluating", unit="batch", leave=False, disable=None if progress else True
-    ):
-        inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-        logits = model(**inputs).logits.float()
-        losses = F.cross_entropy(logits.transpose(1, 2), targets.to(device), reduction="none")  # 0 at -100
+    for losses, counts in batch_losses(model, batches, number, progress):
         nats += losses.double().sum().item()
-        counted += int((targets != -100).sum())
-    model.train(was_training)
+        counted += counts
     return Evaluation(
         bits_per_byte=nats / counted / math.log(2),
         counted_bytes=counted,
@@ -198,13 +245,13 @@ def measured(
     )
 
 
-def check_min_context(data: np.ndarray, context: int, min_context: int) -> None:
+def check_min_context(data: np.ndarray, context: int, min_context: int, unit: str) -> None:
     """Raise unless some token of the data has so many others before it, and the model can look back over them."""
     if not 1 <= min_context <= context:
         raise ArgumentError(f"--min-context {min_context}: it must be from 1 to the model's context, {context}")
     if len(data) <= min_context:
         raise DataError(
-            f"{len(data):,} bytes are too few to evaluate: no byte has {min_context:,} others before it; give more "
+            f"{len(data):,} {unit}s are too few to evaluate: no {unit} has {min_context:,} others before it; give more "
             "data or a smaller --min-context"
         )
 

@@ -69,7 +69,7 @@ def _by_segments(
     unit: str,
     documents: np.ndarray | None,
 ) -> Evaluation:
-    check_min_context(data, context, min_context)
+    check_min_context(data, context, min_context, unit)
     segments = Segments(data, context, rows=1, count=1, records=documents)
     rows = min(batch_size, segments.total)
     bounds = [row * segments.total // rows for row in range(rows + 1)]

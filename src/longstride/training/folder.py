@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longstride.errors import ArgumentError, CheckpointError, RecipeError
+from longstride.training.checkpoints import latest_sound
 from longstride.training.recipe import Recipe, read_recipe
 
 
@@ -106,3 +107,21 @@ class RunFolder:
             return read_recipe(self.recipe)
         except RecipeError as error:
             raise CheckpointError(f"the run in {self.path} cannot be resumed: {error}") from error
+
+
+def find_model(folder: Path) -> Path:
+    """The finished model of a run, or its newest sound checkpoint while it has none, or a saved model itself.
+
+    Raises:
+        ArgumentError: there is no model.
+        CheckpointError: there are only damaged checkpoints.
+    """
+    run = RunFolder(folder)
+    checkpoint, _ = latest_sound(run.checkpoints) if not run.model.exists() else (None, [])
+    candidates = [run.model, *([checkpoint.folder] if checkpoint else []), folder]
+    found = next((candidate for candidate in candidates if (candidate / "config.json").is_file()), None)
+    if found is None:
+        raise ArgumentError(
+            f"{folder} holds no model: name the --output folder of a training, or one that save_pretrained wrote"
+        )
+    return found
