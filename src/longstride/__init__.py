@@ -46,7 +46,12 @@ from longstride.patterns import (
 from longstride.plan import plan
 
 if TYPE_CHECKING:
-    from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
+    from longstride.models import (
+        SparseTransformerConfig,
+        SparseTransformerForCausalLM,
+        SparseTransformerForMaskedLM,
+        SparseTransformerForSequenceClassification,
+    )
 
 __all__ = [
     "ArgumentError",
@@ -69,6 +74,8 @@ __all__ = [
     "RecipeError",
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
+    "SparseTransformerForMaskedLM",
+    "SparseTransformerForSequenceClassification",
     "Strided",
     "Summary",
     "UnsupportedError",
@@ -93,7 +100,12 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_MODEL_NAMES = ("SparseTransformerConfig", "SparseTransformerForCausalLM")
+_MODEL_NAMES = (
+    "SparseTransformerConfig",
+    "SparseTransformerForCausalLM",
+    "SparseTransformerForMaskedLM",
+    "SparseTransformerForSequenceClassification",
+)
 
 
 def __getattr__(name: str) -> Any:

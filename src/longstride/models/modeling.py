@@ -17,6 +17,7 @@ from longstride.models.cache import SparseTransformerCache
 from longstride.models.causal_loss import chunked_causal_loss
 from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.padding import ChunkShift, RowShift, check_positions
+from longstride.models.schedule import check_causal, layer_patterns
 from longstride.nn import FactorizedPositions, LogitsProjection, RotaryPositions, initialize_
 
 #: How many guessed tokens assisted generation can take back; its assistants guess 20 at a time, or a few more.
@@ -55,6 +56,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
     """Token and position embeddings, N residual blocks, a last norm: token ids to hidden states.
 
     With ``config.block == "modern"`` positions are not added to the tokens: they turn every block's queries and keys.
+    Patterns that look ahead make it an encoder, which has no cache.
 
     Source: Child et al. 2019, section 5.
     """
@@ -71,6 +73,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             assert config.position_axes is not None
             self.embed_positions = FactorizedPositions(config.position_axes, config.hidden_size)
         self.layers = build_blocks(config)
+        self.looks_ahead = not all(pattern.is_causal for pattern in layer_patterns(config))
         self.norm = last_norm(config)
         self.post_init()
 
@@ -144,6 +147,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             # What stands behind a row's real tokens has no position; any will do.
             positions = (rows.lengths[:, None] + positions).clamp(max=self.config.max_position_embeddings - 1)
         for_attention = {}
+        if self.looks_ahead and shift is not None:
+            for_attention["counts"] = shift.counts()
         if self.config.block == "modern":
             for_attention["rotation"] = self.rotary_positions(positions)
         else:
@@ -205,6 +210,7 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
 
     def __init__(self, config: SparseTransformerConfig) -> None:
         super().__init__(config)
+        check_causal(layer_patterns(config))
         self.model = SparseTransformerModel(config)
         self.lm_head = LogitsProjection(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -1,7 +1,9 @@
 """Building blocks of sparse Transformers: attention, feed-forward, residual blocks, positions, initialisation, loss."""
 
 from longstride.nn.blocks import ResidualBlock
+from longstride.nn.encoder_attention import EncoderSelfAttention, RotaryEncoderSelfAttention, attend_real
 from longstride.nn.feed_forward import FeedForward, sigmoid_gelu
+from longstride.nn.global_projections import GlobalProjections, global_tokens
 from longstride.nn.initialization import LogitsProjection, ResidualProjection, initialize_
 from longstride.nn.modern_block import GatedFeedForward, ModernBlock
 from longstride.nn.positions import FactorizedPositions, default_axes
@@ -10,18 +12,23 @@ from longstride.nn.self_attention import SelfAttention
 from longstride.nn.token_loss import chunk_tokens, summed_token_loss
 
 __all__ = [
+    "EncoderSelfAttention",
     "FactorizedPositions",
     "FeedForward",
     "GatedFeedForward",
+    "GlobalProjections",
     "LogitsProjection",
     "ModernBlock",
     "ResidualBlock",
     "ResidualProjection",
+    "RotaryEncoderSelfAttention",
     "RotaryPositions",
     "RotarySelfAttention",
     "SelfAttention",
+    "attend_real",
     "chunk_tokens",
     "default_axes",
+    "global_tokens",
     "initialize_",
     "rotate",
     "sigmoid_gelu",
