@@ -1,29 +1,46 @@
 """Training: recipes, Hugging Face's Trainer with atomic checkpoints and exact resuming, and the evaluation."""
 
 from longstride.training.checkpoints import latest_sound
+from longstride.training.classification import Classifier, classifier_config, train_classifier
+from longstride.training.classification_evaluation import (
+    ClassificationEvaluation,
+    document_log_probabilities,
+    evaluate_classifier,
+)
+from longstride.training.classification_recipe import ClassificationRecipe, read_classification_recipe
 from longstride.training.curve import read_curve
 from longstride.training.evaluation import Evaluation, evaluate
 from longstride.training.folder import RunFolder
 from longstride.training.kinds import kind_of
+from longstride.training.pieces import VOCAB_SIZE
 from longstride.training.recipe import Recipe, parse_assignments, read_recipe
 from longstride.training.run import TrainingResult, check_precision, model_config, resolve_device, train
 from longstride.training.scaling import read_scale, scaled
 
 __all__ = [
+    "VOCAB_SIZE",
+    "ClassificationEvaluation",
+    "ClassificationRecipe",
+    "Classifier",
     "Evaluation",
     "Recipe",
     "RunFolder",
     "TrainingResult",
     "check_precision",
+    "classifier_config",
+    "document_log_probabilities",
     "evaluate",
+    "evaluate_classifier",
     "kind_of",
     "latest_sound",
     "model_config",
     "parse_assignments",
+    "read_classification_recipe",
     "read_curve",
     "read_recipe",
     "read_scale",
     "resolve_device",
     "scaled",
     "train",
+    "train_classifier",
 ]
