@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,28 +23,50 @@ from longstride.nn import EncoderSelfAttention, GlobalProjections
 #: BigBird draws among the blocks of the longest sequence of its model, whatever the sequence at hand.
 BIGBIRD_LONGEST = 4096
 
-Layer = Callable[[Tensor, Tensor | None], Tensor]
+#: hidden[batch, length, width] to the same shape.
+Layer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two layers that should compute the same; each maps hidden[batch, length, width] and counts to the same shape.
+    """Two layers that should compute the same.
 
     Attributes:
         name: for a table.
         pattern: what ours attends along.
-        ours, theirs: of hidden and int64[batch] real tokens of each row, the first ones, or None for all.
-        ours_gradients, theirs_gradients: of the same parameters, in the same order: [out, in] weights and [out] biases.
         modules: ours and theirs.
+        linears: the maps of theirs, in the order in which ours has them stacked.
+        prepare_theirs: of hidden (for its shape) and int64[batch] real tokens of each row, the first ones, or None for
+            all: their layer with its masks made.
     """
 
     name: str
     pattern: ls.Pattern
-    ours: Layer
-    theirs: Layer
-    ours_gradients: Callable[[], list[Tensor]]
-    theirs_gradients: Callable[[], list[Tensor]]
-    modules: tuple[nn.Module, nn.Module]
+    modules: tuple[EncoderSelfAttention, nn.Module]
+    linears: tuple[nn.Linear, ...]
+    prepare_theirs: Callable[[Tensor, Tensor | None], Layer]
+
+    def ours(self, hidden: Tensor, counts: Tensor | None = None) -> Tensor:
+        return self.modules[0](hidden, counts)
+
+    def theirs(self, hidden: Tensor, counts: Tensor | None = None) -> Tensor:
+        return self.prepare_theirs(hidden, counts)(hidden)
+
+    def gradients_of_ours(self) -> list[Tensor]:
+        """Of every map's weight and bias, in the order of theirs."""
+        ours = self.modules[0]
+        stacked = [ours.qkv_proj]
+        if ours.global_projections is not None:
+            stacked += [ours.global_projections.q_proj, ours.global_projections.kv_proj]
+        found = []
+        for linear in stacked:
+            width = linear.in_features
+            parts = zip(linear.weight.grad.split(width), linear.bias.grad.split(width), strict=True)
+            found += [x for part in parts for x in part]
+        return found
+
+    def gradients_of_theirs(self) -> list[Tensor]:
+        return [x.grad for linear in self.linears for x in (linear.weight, linear.bias)]
 
     def to(self, *where: object) -> Pair:
         """Both layers, moved to a device or dtype."""
@@ -68,31 +91,29 @@ def longformer_pair(window: int, tokens: int | tuple[int, ...], *, hidden_size: 
     _take(own, "q_proj", theirs.query_global)
     _take(own, "kv_proj", theirs.key_global, theirs.value_global)
     ours.out_proj = nn.Identity()
-    places = own.tokens
 
-    def run(hidden: Tensor, counts: Tensor | None) -> Tensor:
+    def prepare(hidden: Tensor, counts: Tensor | None) -> Layer:
         batch, length, _ = hidden.shape
         padded = -length % window
-        hidden = F.pad(hidden, (0, 0, 0, padded))
         at = torch.arange(length + padded, device=hidden.device).expand(batch, -1)
         real = at < (length if counts is None else counts[:, None])
-        is_global = torch.isin(at, torch.tensor(places, device=at.device)) & real
+        is_global = torch.isin(at, torch.tensor(own.tokens, device=at.device)) & real
         # As LongformerModel has it: below 0 padding, 0 local, above 0 global.
         kinds = torch.where(real, 0.0, -10000.0).to(hidden.dtype).masked_fill(is_global, 10000.0)
-        out = theirs(
-            hidden, kinds, is_index_masked=~real, is_index_global_attn=is_global, is_global_attn=bool(is_global.any())
-        )[0]
-        return out[:, :length]
+        masks = {
+            "attention_mask": kinds,
+            "is_index_masked": ~real,
+            "is_index_global_attn": is_global,
+            "is_global_attn": bool(is_global.any()),
+        }
+        return lambda hidden: theirs(F.pad(hidden, (0, 0, 0, padded)), **masks)[0][:, :length]
 
-    linears = (theirs.query, theirs.key, theirs.value, theirs.query_global, theirs.key_global, theirs.value_global)
     return Pair(
-        f"Longformer, window {window}, {len(places)} global",
+        f"Longformer: window {window}, {len(own.tokens)} global",
         pattern,
-        ours,
-        run,
-        lambda: _split([ours.qkv_proj, own.q_proj, own.kv_proj], hidden_size),
-        lambda: [x.grad for linear in linears for x in (linear.weight, linear.bias)],
         (ours, theirs),
+        (theirs.query, theirs.key, theirs.value, theirs.query_global, theirs.key_global, theirs.value_global),
+        prepare,
     )
 
 
@@ -115,13 +136,11 @@ def bigbird_pair(
     _take(ours, "qkv_proj", theirs.query, theirs.key, theirs.value)
     ours.out_proj = nn.Identity()
     return Pair(
-        f"BigBird, blocks of {block}, {random_blocks} random",
+        f"BigBird: blocks of {block}, {random_blocks} random",
         pattern,
-        ours,
-        lambda hidden, counts: _run_bigbird(theirs, hidden, counts),
-        lambda: _split([ours.qkv_proj], hidden_size),
-        lambda: [x.grad for linear in (theirs.query, theirs.key, theirs.value) for x in (linear.weight, linear.bias)],
         (ours, theirs),
+        (theirs.query, theirs.key, theirs.value),
+        partial(_prepare_bigbird, theirs),
     )
 
 
@@ -142,7 +161,8 @@ def counted_blocks(layer: BigBirdBlockSparseAttention, length: int) -> Tensor:
     layer._create_rand_mask_from_inputs = spy
     try:
         with torch.no_grad():
-            _run_bigbird(layer, torch.zeros(1, length, weight.shape[1], device=weight.device, dtype=weight.dtype), None)
+            nothing = torch.zeros(1, length, weight.shape[1], device=weight.device, dtype=weight.dtype)
+            _prepare_bigbird(layer, nothing, None)(nothing)
     finally:
         del layer._create_rand_mask_from_inputs
     blocks = length // layer.block_size
@@ -156,13 +176,30 @@ def counted_blocks(layer: BigBirdBlockSparseAttention, length: int) -> Tensor:
     return counted
 
 
-def _run_bigbird(layer: BigBirdBlockSparseAttention, hidden: Tensor, counts: Tensor | None) -> Tensor:
+def draw_once(pair: Pair, length: int) -> None:
+    """Have BigBird's layer keep its first draw: it draws the blocks of every head anew, on the host, at every call."""
+    layer = pair.modules[1]
+    draw = layer._bigbird_block_rand_mask
+    kept: dict[int, list] = {}
+
+    def kept_draw(*sizes: int, **options: int) -> object:
+        heads = kept.setdefault(length, [])
+        if len(heads) < layer.num_attention_heads:
+            heads.append(draw(*sizes, **options))
+            return heads[-1]
+        heads.append(heads.pop(0))  # head after head, and again from the first
+        return heads[-1]
+
+    layer._bigbird_block_rand_mask = kept_draw
+
+
+def _prepare_bigbird(layer: BigBirdBlockSparseAttention, hidden: Tensor, counts: Tensor | None) -> Layer:
     batch, length, _ = hidden.shape
     real = torch.ones(batch, length, device=hidden.device, dtype=hidden.dtype)
     if counts is not None:
         real = (torch.arange(length, device=hidden.device) < counts[:, None]).to(hidden.dtype)
     blocked, band, from_mask, to_mask = BigBirdModel.create_masks_for_block_sparse_attn(real, layer.block_size)
-    return layer(hidden, band, from_mask, to_mask, blocked, blocked)[0]
+    return lambda hidden: layer(hidden, band, from_mask, to_mask, blocked, blocked)[0]
 
 
 def _take(owner: nn.Module, name: str, *linears: nn.Linear) -> None:
@@ -172,13 +209,3 @@ def _take(owner: nn.Module, name: str, *linears: nn.Linear) -> None:
         stacked.weight.copy_(torch.cat([linear.weight for linear in linears]))
         stacked.bias.copy_(torch.cat([linear.bias for linear in linears]))
     setattr(owner, name, stacked)
-
-
-def _split(linears: list[nn.Linear], width: int) -> list[Tensor]:
-    """The gradients of stacked maps, one map's weight and bias after the other."""
-    found = []
-    for linear in linears:
-        assert linear.weight.grad is not None
-        for weight, bias in zip(linear.weight.grad.split(width), linear.bias.grad.split(width), strict=True):
-            found += [weight, bias]
-    return found

@@ -29,8 +29,8 @@ def results(layer, gradients, modules, hidden, counts):
 
 
 def assert_equal(pair, hidden, counts, tolerance):
-    ours = results(pair.ours, pair.ours_gradients, pair.modules, hidden, counts)
-    theirs = results(pair.theirs, pair.theirs_gradients, pair.modules, hidden, counts)
+    ours = results(pair.ours, pair.gradients_of_ours, pair.modules, hidden, counts)
+    theirs = results(pair.theirs, pair.gradients_of_theirs, pair.modules, hidden, counts)
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         # A bias of keys has no gradient but rounding; so the scale is that of all.
