@@ -24,7 +24,12 @@ PATTERNS = (
 )
 RECIPES = ("longformer", "bigbird", "mistral", "sparse_transformer_strided", "sparse_transformer_fixed", "gpt3")
 FUNCTIONS = ("attention", "attention_cached", "cache_bytes", "explain", "plan", "parse", "reach", "PatternCache")
-MODELS = ("SparseTransformerConfig", "SparseTransformerForCausalLM")
+MODELS = (
+    "SparseTransformerConfig",
+    "SparseTransformerForCausalLM",
+    "SparseTransformerForMaskedLM",
+    "SparseTransformerForSequenceClassification",
+)
 ERRORS = (
     "LongstrideError",
     "PatternError",
