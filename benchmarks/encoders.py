@@ -53,7 +53,7 @@ def errors(pair: Pair, length: int, dtype: torch.dtype, device: str) -> dict[str
         pair.to(device, as_dtype)
         for module in pair.modules:
             module.zero_grad()
-        leaf = hidden.to(as_dtype).requires_grad_()
+        leaf = hidden.detach().to(as_dtype).requires_grad_()
         out = layer(leaf)
         (out * weight.to(as_dtype)).sum().backward()
         # A bias of keys has no gradient but rounding; that of queries may be as small.

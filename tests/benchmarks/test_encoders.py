@@ -57,3 +57,10 @@ def test_nothing_wrong_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(SystemExit, match="not timed: an error exceeds 1e-05: Longformer"):
         run(monkeypatch, "--tiny", "--output", tmp_path / "encoders")
     assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_is_held_to_theirs_in_float32() -> None:
+    for pair in encoders.pairs(heads=1, length=256, shrink=8):
+        found = encoders.errors(pair, 256, torch.bfloat16, "cpu")
+        for what in ("forward", "gradients"):
+            assert 1e-4 < found[f"ours {what}"] < 2 * found[f"theirs {what}"]

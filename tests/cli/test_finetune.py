@@ -89,6 +89,7 @@ def test_mistakes_are_one_line(finished, data, tmp_path):
             ("finetune", "--data", data, "--output", free, "--start-from", output / "model", "--pattern", "Full()"),
             "that model has patterns of its own; leave one out",
         ),
+        (("finetune", "--data", data, "--output", free, "--precision", "fp16", "--device", "cpu"), "needs a GPU"),
         (("classify", tmp_path, data / "cats" / "0.txt"), "holds no model: name the --output folder"),
         (("classify", output, data / "cats" / "9.txt"), "there is no file"),
         (("classify", output, data / "cats" / "0.txt", "--batch-size", 0), "--batch-size 0: it must be at least 1"),

@@ -77,6 +77,7 @@ def finetune(
 
     from longstride.data import read_labelled, written_whole
     from longstride.training import (
+        check_precision,
         classifier_config,
         evaluate_classifier,
         parse_assignments,
@@ -102,6 +103,9 @@ def finetune(
     overrides.update({key: value for key, value in flags.items() if value is not None})
     chosen = _choose_recipe(recipe, overrides)
     assert chosen.data.path is not None
+    # Everything that can be wrong shows before anything is written.
+    machine = resolve_device(chosen.run.device)
+    check_precision(chosen.run.precision, machine)
     splits = read_labelled(Path(chosen.data.path))
     config = classifier_config(chosen, splits.labels)
     _start(output, chosen)
@@ -115,7 +119,7 @@ def finetune(
     logging.set_verbosity_error()
     typer.echo(
         f"Training: {chosen.pretraining.steps + chosen.schedule.steps:,} steps of {chosen.schedule.batch_size} pieces "
-        f"on {resolve_device(chosen.run.device)} in {chosen.run.precision}, into {os.path.relpath(output)}."
+        f"on {machine} in {chosen.run.precision}, into {os.path.relpath(output)}."
     )
     result = train_classifier(chosen, splits, output, typer.echo)
     if result.ended != "finished":

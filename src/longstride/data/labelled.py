@@ -9,7 +9,7 @@ a folder              every sub-folder is a class and every file in it, at any d
 ====================  ==============================================================================================
 
 A document is its bytes. Empty ones, and all but the first of equal ones, are left out and counted: a copy in another
-split would be a question whose answer was learnt.
+split would be a question whose answer was learnt. All documents are in memory.
 """
 
 import csv
