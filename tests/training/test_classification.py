@@ -1,6 +1,8 @@
 """Fine-tuning in this process, at tiny size: two steps of each kind, what is learnt, and what is refused."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -60,8 +62,9 @@ def curve(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("block", ["sparse_transformer", "modern"])
-@pytest.mark.parametrize("global_projections", ["shared", "separate"])
+@pytest.mark.parametrize(
+    ("block", "global_projections"), [("sparse_transformer", "separate"), ("modern", "shared")], ids=str
+)
 def test_two_steps_of_pretraining_and_two_of_classes(data, tmp_path, block, global_projections):
     lines = []
     chosen = recipe(pretraining__steps=2, model__block=block, model__global_projections=global_projections)
@@ -122,6 +125,17 @@ def test_starting_from_a_saved_encoder(data, tmp_path):
     other.save_pretrained(tmp_path / "other")
     again = train_classifier(recipe(model__start_from=str(tmp_path / "other")), data, tmp_path, lambda _: None).model
     assert again.classifier.out_features == 2
+
+
+def test_ctrl_c_ends_it_after_the_step(data, tmp_path):
+    def press(line):
+        if line.startswith("training, step 3 of 50"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = train_classifier(recipe(schedule__steps=50), data, tmp_path, press)
+    assert result.ended == "interrupted"
+    assert 3 <= result.step <= 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_time_limit_ends_it(data, tmp_path):
