@@ -18,7 +18,7 @@ help:
 	@echo "make format     rewrite the code in the project's format"
 	@echo "make gpu-test   run the tests that need a CUDA device, with the machine's own python3"
 	@echo "make gpu-sanitize  look for bad memory accesses and races in the Triton kernels with compute-sanitizer"
-	@echo "make gpu-bench  measure attention and decoding on a CUDA device, with the machine's own python3"
+	@echo "make gpu-bench  measure attention, decoding and training on a CUDA device, with the machine's own python3"
 	@echo "make clean      remove $(VENV)"
 
 setup: $(STAMP)
@@ -62,6 +62,7 @@ gpu-sanitize:
 gpu-bench:
 	PYTHONPATH=src TORCHINDUCTOR_COMPILE_THREADS=1 python3 benchmarks/attention_gpu.py
 	PYTHONPATH=src TORCHINDUCTOR_COMPILE_THREADS=1 python3 benchmarks/decode_gpu.py
+	PYTHONPATH=src TORCHINDUCTOR_COMPILE_THREADS=1 python3 benchmarks/training.py
 
 clean:
 	rm -rf $(VENV)

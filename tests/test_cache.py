@@ -13,6 +13,8 @@ from tests.test_attention_cached import CAUSAL, EXACT, HEADS, cache_for, decode,
 import longstride as ls
 
 SIZES = {"num_heads": 4, "head_dim": 16}
+#: Bytes that a row of the batch takes beside keys and values: its length, and four heads' arrivals.
+BESIDE = 8 + 4 * 4
 
 
 # ---- bytes --------------------------------------------------------------------------------------------------------
@@ -32,14 +34,14 @@ def test_it_takes_the_bytes_that_were_said_beforehand(pattern, dtype):
 def test_bytes_of_layers_add_up():
     one, other = ls.Local(32), ls.Fixed(32, 4)
     both = ls.cache_bytes([one, other], 1000, **SIZES)
-    assert both == ls.cache_bytes(one, 1000, **SIZES) + ls.cache_bytes(other, 1000, **SIZES) - 8
+    assert both == ls.cache_bytes(one, 1000, **SIZES) + ls.cache_bytes(other, 1000, **SIZES) - BESIDE
 
 
 def test_windows_take_the_same_at_any_length_and_fixed_a_small_share():
     assert ls.cache_bytes(ls.Local(128), 2**12, **SIZES) == ls.cache_bytes(ls.Local(128), 2**20, **SIZES)
     dense = ls.cache_bytes(ls.Causal(), 2**16, **SIZES)
     assert ls.cache_bytes(ls.Fixed(128, 8), 2**16, **SIZES) <= 0.07 * dense
-    assert dense == 2 * 4 * 4 * 16 * 2**16 + 2 * 4 * 16 * 2 + 8
+    assert dense == 2 * 4 * 4 * 16 * 2**16 + 2 * 4 * 16 * 2 + BESIDE
 
 
 def resident_bytes() -> int:

@@ -105,8 +105,11 @@ def attention(
     if chosen in BACKENDS and differentiable(chosen):
         out, lse = BACKENDS[chosen].forward(q, k, v, pattern, scale)
     else:
-        out, lse = batched(q, k, v, pattern, scale, chosen)
-    return (out, lse) if return_lse else out
+        out, lse = batched(q, k, v, pattern, scale, chosen, return_lse)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 @lru_cache(maxsize=1024)

@@ -109,9 +109,8 @@ def _attend(
 ) -> torch.Tensor:
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     made = cache.layouts[layer]
-    rows = CachedRows(
-        made, cache.keys[layer], cache.values[layer], cache.lengths, cache.shortest, cache.longest, step.shared
-    )
+    memory = (cache.keys[layer], cache.values[layer], cache.lengths, cache.arrivals)
+    rows = CachedRows(made, *memory, cache.shortest, cache.longest, step.shared)
     if step.counts is None and step.tokens <= made.headroom + 1:
         chosen = choose_decoder(DecodeRequest(made, q.shape[3], v.shape[3], q.dtype, q.device.type), backend)
         if chosen is not None:

@@ -94,6 +94,8 @@ class PatternCache:
         )
         #: int64 [batch]: the tokens of each row.
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.keys[0].device)
+        #: int32: see `CachedRows.arrivals`; layers take turns with it.
+        self.arrivals = torch.zeros(arrivals_of(self.layouts, batch), dtype=torch.int32, device=self.keys[0].device)
         #: Bounds of `lengths` that need no look at the device; equal where all rows are equally long.
         self.shortest = self.longest = 0
         self._taken_back = 0
@@ -116,7 +118,7 @@ class PatternCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the memory that it holds."""
-        return sum(x.untyped_storage().nbytes() for x in (*self.keys, *self.values, self.lengths))
+        return sum(x.untyped_storage().nbytes() for x in (*self.keys, *self.values, self.lengths, self.arrivals))
 
     def __repr__(self) -> str:
         return (
@@ -249,6 +251,8 @@ class PatternCache:
         self.keys = [_selected(x, rows) for x in self.keys]
         self.values = [_selected(x, rows) for x in self.values]
         self.lengths = _selected(self.lengths, rows)
+        if len(self.arrivals) != (needed := arrivals_of(self.layouts, self.batch)):
+            self.arrivals = self.arrivals.new_zeros(needed)
         if self.shortest != self.longest:
             self.shortest, self.longest = (int(x) for x in self.lengths.aminmax())
 
@@ -299,7 +303,8 @@ def cache_bytes(
     elements = sum(
         rows * width * size for pair in shapes_of(layouts, batch, head_dim, v_head_dim) for size, rows, width in pair
     )
-    return elements * dtype.itemsize + batch * torch.int64.itemsize
+    beside = batch * torch.int64.itemsize + arrivals_of(layouts, batch) * torch.int32.itemsize
+    return elements * dtype.itemsize + beside
 
 
 def layouts_of(
@@ -311,6 +316,11 @@ def layouts_of(
         raise ArgumentError("a cache of no layers: give at least one pattern")
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     return tuple(layout(pattern, capacity, num_heads, kv_heads, headroom) for pattern in listed)
+
+
+def arrivals_of(layouts: Sequence[Layout], batch: int) -> int:
+    """The numbers of `CachedRows.arrivals`: heads, headroom and batch are the same for all layers."""
+    return batch * (layouts[0].headroom + 1) * layouts[0].num_heads
 
 
 def shapes_of(

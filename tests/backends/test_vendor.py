@@ -214,9 +214,61 @@ def test_a_call_takes_its_halves_from_two_backends(monkeypatch):
     monkeypatch.setattr(vendor, "forward", lambda *a: (ran.append("vendor"), torch_backend.forward(*a))[1])
     monkeypatch.setattr(triton, "backward", lambda *a: (ran.append("triton"), torch_backend.backward(*a))[1])
     inputs = make_inputs(1, 2, 2, 64, 64, 8, dtype=torch.float64)
-    out, _ = custom_ops.batched(*inputs, ls.Strided(8), 0.3, "vendor+triton")
+    out, _ = custom_ops.batched(*inputs, ls.Strided(8), 0.3, "vendor+triton", wants_lse=False)
     grads = torch.autograd.grad(out.sum(), inputs)
     wanted = torch.autograd.grad(ls.attention(*inputs, ls.Strided(8), scale=0.3, backend="torch").sum(), inputs)
     assert ran == ["vendor", "triton"]
     for a, b in zip(grads, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class FlashAttention4:
+    """Its two functions, computed plainly: by token, and into the tensors that they are given."""
+
+    @staticmethod
+    def _flash_attn_fwd(q, k, v, *, softmax_scale, causal, window_size_left, return_lse, out):
+        by_head = [x.transpose(1, 2) for x in (q, k, v)]
+        pattern = window(causal, window_size_left)
+        truth, lse = ls.attention(*by_head, pattern, scale=softmax_scale, backend="reference", return_lse=True)
+        out.copy_(truth.transpose(1, 2))
+        return out, lse if return_lse else None
+
+    @staticmethod
+    def _flash_attn_bwd(q, k, v, out, grad_out, lse, *, softmax_scale, causal, window_size_left, dq, dk, dv):
+        assert lse.is_contiguous()
+        assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+        known = [x.transpose(1, 2) for x in (grad_out, q, k, v, out)]
+        grads = torch_backend.backward(known[0], None, *known[1:], lse, window(causal, window_size_left), softmax_scale)
+        for place, grad in zip((dq, dk, dv), grads, strict=True):
+            place.copy_(grad.transpose(1, 2))
+
+
+def window(causal, left):
+    return ls.Local(left + 1) if left is not None else ls.Causal() if causal else ls.Full()
+
+
+@pytest.mark.parametrize("pattern", [ls.Causal(), ls.Local(24), ls.Full(), ls.Dilated(6, 4)], ids=str)
+def test_flash_attn_4_writes_where_it_is_told(monkeypatch, pattern):
+    """Into contiguous results of ours, with nothing copied after it."""
+    monkeypatch.setattr(vendor, "_flash_attn_4", lambda: FlashAttention4)
+    inputs = make_inputs(2, 4, 4, 64, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        out, lse = vendor.forward(*inputs, pattern, 0.2)
+        assert torch.equal(vendor.forward_only(*inputs, pattern, 0.2), out)
+        grads = vendor.backward(torch.ones_like(out), None, *inputs, out, lse, pattern, 0.2)
+    truth, truth_lse = ls.attention(*inputs, pattern, scale=0.2, backend="reference", return_lse=True)
+    wanted = (truth, truth_lse, *torch.autograd.grad(truth.sum(), inputs))
+    for found, expected in zip((out, lse, *grads), wanted, strict=True):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_no_log_sum_exp_where_nobody_asks_for_it(monkeypatch):
+    monkeypatch.setattr(custom_ops, "BACKENDS", {"vendor": vendor})
+    monkeypatch.setattr(vendor, "_flash_attn_4", lambda: FlashAttention4)
+    inputs = [x.detach() for x in make_inputs(1, 2, 2, 64, 64, 64, dtype=torch.float64)]
+    for wants_lse in (True, False):
+        out, lse = custom_ops.batched(*inputs, ls.Local(24), 0.3, "vendor", wants_lse)
+        assert (lse is not None) == wants_lse
+        torch.testing.assert_close(out, ls.attention(*inputs, ls.Local(24), scale=0.3, backend="reference"))

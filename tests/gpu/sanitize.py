@@ -1,4 +1,4 @@
-"""A few small cases on the Triton backend, forward and backward, to run under compute-sanitizer (make gpu-sanitize).
+"""Small cases on the Triton backend, both passes and decoding, to run under compute-sanitizer (make gpu-sanitize).
 
 Outputs are compared with the reference too: a sanitizer says nothing of a kernel that was never launched.
 """
@@ -58,6 +58,30 @@ def documents() -> float:
     return (packed - torch.cat(alone)).abs().max().item()
 
 
+#: Every store and walk of the decode kernel, one split and several, heads that share their keys.
+DECODED: list[tuple[ls.Pattern, int]] = [  # pattern, kv_heads
+    (ls.Local(40) | ls.Strided(24), 4),
+    (ls.Fixed(32, 5), 1),
+    (ls.LogSparse() | ls.Global((3, 70)), 4),
+    (ls.RandomBlocks(16, 2) | ls.BlockLocal(16), 2),
+]
+
+
+def decoded(pattern: ls.Pattern, kv_heads: int, length: int = 203) -> float:
+    """Tokens one by one behind a prompt, against attention over all of them; the largest difference."""
+    shapes = ((4, length, 64), (kv_heads, length, 64), (kv_heads, length, 64))
+    q, k, v = (torch.randn(2, *shape, device="cuda", dtype=torch.float16) for shape in shapes)
+    sizes = {"num_heads": 4, "num_kv_heads": kv_heads, "head_dim": 64, "batch": 2, "dtype": q.dtype}
+    cache = ls.PatternCache(pattern, capacity=length, device="cuda", **sizes)
+    found = []
+    for cut in ((0, length - 5), *((at, at + 1) for at in range(length - 5, length))):
+        new = (x[:, :, slice(*cut)] for x in (q, k, v))
+        found.append(ls.attention_cached(*new, pattern, cache))
+        cache.advance()
+    whole = ls.attention(q, k, v, pattern, backend="reference")
+    return (torch.cat(found, 2) - whole).abs().max().item()
+
+
 def main() -> int:
     worst = 0.0
     for case in CASES:
@@ -66,7 +90,12 @@ def main() -> int:
         worst = max(worst, error)
     error = documents()
     print(f"{error:.1e}  packed documents", flush=True)
-    return int(not max(worst, error) < 2e-2)
+    worst = max(worst, error)
+    for pattern, kv_heads in DECODED:
+        error = decoded(pattern, kv_heads)
+        print(f"{error:.1e}  decoded: {pattern}, kv_heads {kv_heads}", flush=True)
+        worst = max(worst, error)
+    return int(not worst < 2e-2)
 
 
 if __name__ == "__main__":

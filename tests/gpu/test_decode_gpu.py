@@ -146,11 +146,10 @@ def test_a_graph_does_not_record_what_looks_at_lengths(backend, tokens) -> None:
     q, k, v = make(8, 64, 64, torch.float32)
     cache = cache_for(pattern, q, k, v)
     part = [x[:, :, :tokens].clone() for x in (q, k, v)]
-    with (
-        pytest.raises(ls.UnsupportedError, match="a CUDA graph cannot record this step"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        ls.attention_cached(*part, pattern, cache, backend=backend)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        part[0].clone()  # PyTorch warns of graphs that stay empty
+        with pytest.raises(ls.UnsupportedError, match="a CUDA graph cannot record this step"):
+            ls.attention_cached(*part, pattern, cache, backend=backend)
 
 
 def test_it_takes_the_bytes_that_were_said() -> None:
@@ -160,8 +159,8 @@ def test_it_takes_the_bytes_that_were_said() -> None:
     cache = ls.PatternCache(ls.Fixed(128, 8), capacity=65536, device="cuda", **sizes)
     said = ls.cache_bytes(ls.Fixed(128, 8), 65536, **sizes)
     assert cache.nbytes == said
-    # The allocator rounds each of the three tensors up to 512 bytes.
-    assert said <= torch.cuda.memory_allocated() - before <= said + 3 * 512
+    # The allocator rounds each of the four tensors up to 512 bytes.
+    assert said <= torch.cuda.memory_allocated() - before <= said + 4 * 512
 
 
 def test_a_hundred_thousand_tokens_at_constant_memory() -> None:

@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from longstride.data import PreparedData, open_source, prepare
 from longstride.errors import ArgumentError, CheckpointError, LongstrideError
 from longstride.training import Recipe, RunFolder, read_curve, train
+from longstride.training import run as run_module
 from longstride.training.checkpoints import list_checkpoints
 from longstride.training.run import check_precision, resolve_device
 
@@ -112,6 +114,37 @@ def test_seed_decides(start):
         run.train()
     assert first.losses() == same.losses()
     assert first.losses()[8] != other.losses()[8]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_compiling_changes_no_loss_and_no_name(start, monkeypatch):
+    compiled_blocks = run_module.compiled_blocks
+    entered = []
+
+    def without_inductor(model):
+        entered.append(model)
+        return compiled_blocks(model, backend="eager")
+
+    monkeypatch.setattr(run_module, "compiled_blocks", without_inductor)
+    plain, compiled = start("a"), start("b", run__compile=True, run__recompute="blocks")
+    weights = plain.train().model.state_dict()
+    assert not entered
+    seen = compiled.train().model.state_dict()
+    assert len(entered) == 1
+    assert compiled.losses() == pytest.approx(plain.losses(), rel=1e-5)
+    assert list(seen) == list(weights)
+    saved = list_checkpoints(compiled.folder.checkpoints)[-1].folder / "model.safetensors"
+    with safe_open(saved, "pt") as file:
+        assert set(file.keys()) == set(weights)
+
+
+def test_watching_sees_every_step_and_evaluation(start):
+    run, seen = start(), []
+    train(run.recipe, run.data, run.folder, run.lines.append, lambda *report: seen.append(report))
+    assert [step for step, _, validation in seen if validation is None] == list(range(1, 13))
+    # The training loss where it is read anyway, and the validation loss.
+    assert [step for step, bits, _ in seen if bits is not None] == [3, 5, 6, 9, 10, 12]
+    assert [step for step, _, validation in seen if validation is not None] == [6, 12]
 
 
 @pytest.mark.parametrize("what", ["blocks", "all_but_attention"])

@@ -31,6 +31,8 @@ class CachedRows:
         keys: [batch, rows, head_dim]; row 0 is zero.
         values: [batch, rows, v_head_dim]; row 0 is zero.
         lengths: int64 [batch]: tokens that each batch row had before this step.
+        arrivals: int32 [batch * (headroom + 1) * num_heads], zeros between steps: where programs that share a query
+            count themselves, so that the last one knows that it is.
         shortest, longest: bounds of `lengths` that the host knows.
         shared: what a backend works out once a step, for all layers with one layout.
     """
@@ -39,6 +41,7 @@ class CachedRows:
     keys: torch.Tensor
     values: torch.Tensor
     lengths: torch.Tensor
+    arrivals: torch.Tensor
     shortest: int
     longest: int
     shared: dict[Hashable, Any] = field(default_factory=dict)

@@ -102,6 +102,10 @@ class Backend(Protocol):
         """out and lse, both new and contiguous."""
         ...
 
+    def forward_only(self, q: Any, k: Any, v: Any, pattern: Pattern, scale: float) -> torch.Tensor:
+        """out alone. Optional: for a backend that saves by leaving the log-sum-exp out."""
+        ...
+
     def backward(
         self, grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, pattern: Pattern, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,8 +8,10 @@ is installed, takes windows too, and key heads that query heads share.
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from importlib import import_module
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -206,10 +208,16 @@ def _flash_attn_4() -> Any:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     try:
-        module = import_module("flash_attn.cute.interface")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own deprecations, which some programs take for errors
+            module = import_module("flash_attn.cute.interface")
     except Exception:  # its own imports fail in many ways
         return None
-    return module if hasattr(module, "_flash_attn_fwd") and hasattr(module, "_flash_attn_bwd") else None
+    places = {"_flash_attn_fwd": {"out"}, "_flash_attn_bwd": {"dq", "dk", "dv"}}  # where they are told to write
+    for function, names in places.items():
+        if not hasattr(module, function) or not names <= signature(getattr(module, function)).parameters.keys():
+            return None
+    return module
 
 
 # ---- running ------------------------------------------------------------------------------------------------------
@@ -223,7 +231,7 @@ def classed(x: torch.Tensor, dilation: int) -> torch.Tensor:
 
 
 def _by_token(x: torch.Tensor, dilation: int) -> torch.Tensor:
-    """As flash-attn-4 wants it: [batch, length, heads, dim], or of classes [batch * heads, rows, dilation, dim]."""
+    """As flash-attn-4 has it: [batch, length, heads, dim], or of classes [batch * heads, rows, dilation, dim]."""
     return classed(x, dilation).transpose(1, 2)
 
 
@@ -238,6 +246,22 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, contiguous; not differentiable by itself."""
+    out, lse = _forward(q, k, v, pattern, scale, wants_lse=True)
+    dilation = _classes_of(q, pattern).dilation
+    # cuDNN has a last dim of 1 for the log-sum-exp; FlashAttention of some versions rounds its rows up.
+    lse = lse.reshape(*lse.shape[:2], -1)[..., : q.shape[2] // dilation]
+    return out, whole(lse, q.shape[0], dilation)
+
+
+def forward_only(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float) -> torch.Tensor:
+    """out, where nobody asks for the log-sum-exp: putting the classes' in order takes a copy."""
+    return _forward(q, k, v, pattern, scale, wants_lse=False)[0]
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float, wants_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out, contiguous, and the log-sum-exp as the kernel leaves it, which means nothing where it is not wanted."""
     classes = _classes_of(q, pattern)
     dilation, causal = classes.dilation, classes.causal
     if scale <= 0:
@@ -246,20 +270,18 @@ def forward(
     q, k, v = (_aligned(x) for x in (q, k, v))
     newest = _newest(classes, q.shape[3], q.shape[1] != k.shape[1])
     if newest is not None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         by_token = (_by_token(x, dilation) for x in (q, k, v))
-        asked = {"softmax_scale": scale, "causal": causal, "window_size_left": _left(classes)}
-        out, lse = newest._flash_attn_fwd(*by_token, **asked, return_lse=True)[:2]
-        return whole(out.transpose(1, 2), q.shape[0], dilation), whole(lse, q.shape[0], dilation)
+        asked = {"softmax_scale": scale, "causal": causal, "window_size_left": _left(classes), "return_lse": wants_lse}
+        return out, newest._flash_attn_fwd(*by_token, **asked, out=_by_token(out, dilation))[1]
     views = (classed(x, dilation) for x in (q, k, v))
     if kernel() == "cudnn":
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
-        out, lse = cudnn(*views, None, True, 0.0, causal, False, scale=scale)[:2]
+        out, lse = cudnn(*views, None, wants_lse, 0.0, causal, False, scale=scale)[:2]
     else:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse = flash(*views, 0.0, causal, False, scale=scale)[:2]
-    # cuDNN has a last dim of 1 for the log-sum-exp; FlashAttention of some versions rounds its rows up.
-    lse = lse.reshape(*lse.shape[:2], -1)[..., : out.shape[2]]
-    return whole(out, q.shape[0], dilation), whole(lse, q.shape[0], dilation)
+    return whole(out, q.shape[0], dilation), lse
 
 
 def backward(
@@ -289,8 +311,10 @@ def backward(
         by_token = (_by_token(x, dilation) for x in (q, k, v, out, grad_out))
         classed_lse = classed(lse[..., None], dilation)[..., 0].contiguous()
         asked = {"softmax_scale": scale, "causal": causal, "window_size_left": _left(classes)}
-        grads = newest._flash_attn_bwd(*by_token, classed_lse, **asked)[:3]
-        grad_q, grad_k, grad_v = (whole(grad.transpose(1, 2), batch, dilation) for grad in grads)
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        views = (_by_token(grad, dilation) for grad in grads)
+        newest._flash_attn_bwd(*by_token, classed_lse, **asked, **dict(zip(("dq", "dk", "dv"), views, strict=True)))
+        grad_q, grad_k, grad_v = grads
         return grad_q, grad_k, grad_v
     q, k, v, out, grad_out = (classed(x, dilation) for x in (q, k, v, out, grad_out))
     lse = classed(lse[..., None], dilation).contiguous()

@@ -179,14 +179,17 @@ class Attention(torch.autograd.Function):
 
 
 def batched(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float, told: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, differentiable, of the backend `told`; autocast is off."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float, told: str, wants_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """out and lse, differentiable, of the backend `told`; autocast is off. lse may be None where it is not wanted."""
     if watched(q, k, v):
         return _batched(q, k, v, operator_name(pattern), scale, told)
     if wants_gradients(q, k, v):
         return Attention.apply(q, k, v, pattern, scale, told)
-    return BACKENDS[forward_of(told)].forward(q, k, v, pattern, scale)
+    backend = BACKENDS[forward_of(told)]
+    if not wants_lse and (forward_only := getattr(backend, "forward_only", None)) is not None:
+        return forward_only(q, k, v, pattern, scale), None
+    return backend.forward(q, k, v, pattern, scale)
 
 
 # ---- packed documents ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from longstride.models.cache import SparseTransformerCache
+from longstride.models.compilation import compiled_blocks
 from longstride.models.configuration import BLOCKS, GLOBAL_PROJECTIONS, SparseTransformerConfig
 from longstride.models.decode_graph import DecodeGraph, graph_obstacle
 from longstride.models.encoder import SparseTransformerForMaskedLM, SparseTransformerForSequenceClassification
@@ -44,6 +45,7 @@ __all__ = [
     "SparseTransformerForSequenceClassification",
     "SparseTransformerModel",
     "check_recomputation",
+    "compiled_blocks",
     "graph_obstacle",
     "layer_patterns",
     "parameter_count",

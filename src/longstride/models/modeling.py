@@ -1,5 +1,6 @@
 """The Sparse Transformer as Hugging Face models: the stack of residual blocks and the language model on top of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from longstride.models.causal_loss import chunked_causal_loss
 from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.padding import ChunkShift, RowShift, check_positions
 from longstride.models.schedule import check_causal, layer_patterns
-from longstride.nn import FactorizedPositions, LogitsProjection, RotaryPositions, initialize_
+from longstride.nn import FactorizedPositions, LogitsProjection, RotaryPositions, chunk_loss, initialize_
 
 #: How many guessed tokens assisted generation can take back; its assistants guess 20 at a time, or a few more.
 ASSISTED_HEADROOM = 128
@@ -52,6 +53,11 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
         return super()._check_and_adjust_attn_implementation("eager", *args, **kwargs)
 
 
+def run_block(layer: nn.Module, hidden: Tensor, for_attention: dict[str, Any]) -> Tensor:
+    """One residual block: what `longstride.models.compiled_blocks` compiles."""
+    return layer(hidden, **for_attention)
+
+
 class SparseTransformerModel(SparseTransformerPreTrainedModel):
     """Token and position embeddings, N residual blocks, a last norm: token ids to hidden states.
 
@@ -74,6 +80,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             self.embed_positions = FactorizedPositions(config.position_axes, config.hidden_size)
         self.layers = build_blocks(config)
         self.looks_ahead = not all(pattern.is_causal for pattern in layer_patterns(config))
+        self.run_block: Callable[..., Tensor] = run_block
         self.norm = last_norm(config)
         self.post_init()
 
@@ -157,12 +164,13 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states = []
+        run = self.run_block if self.training and rows is None else run_block
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(hidden)
             if rows is not None:
                 for_attention |= {"cache": rows, "layer": index, "counts": counts}
-            hidden = layer(hidden, **for_attention)
+            hidden = run(layer, hidden, for_attention)
         states.append(self.norm(hidden))
         if cache is not None:
             cache.advance(length)
@@ -213,6 +221,7 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         check_causal(layer_patterns(config))
         self.model = SparseTransformerModel(config)
         self.lm_head = LogitsProjection(config.hidden_size, config.vocab_size, bias=False)
+        self.chunk_loss: Callable[..., Tensor] = chunk_loss
         self.post_init()
 
     @can_return_tuple
@@ -257,7 +266,9 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         logits, loss = None, None
         every = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if self.training and labels is not None and every and self.loss_function is ForCausalLMLoss:
-            loss = chunked_causal_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
+            loss = chunked_causal_loss(
+                outputs.last_hidden_state, self.lm_head, labels, chunk_loss=self.chunk_loss, **kwargs
+            )
         else:
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
             if labels is not None:

@@ -9,7 +9,7 @@ from longstride.nn.modern_block import GatedFeedForward, ModernBlock
 from longstride.nn.positions import FactorizedPositions, default_axes
 from longstride.nn.rotary import RotaryPositions, RotarySelfAttention, rotate
 from longstride.nn.self_attention import SelfAttention
-from longstride.nn.token_loss import chunk_tokens, summed_token_loss
+from longstride.nn.token_loss import chunk_loss, chunk_tokens, summed_token_loss
 
 __all__ = [
     "EncoderSelfAttention",
@@ -26,6 +26,7 @@ __all__ = [
     "RotarySelfAttention",
     "SelfAttention",
     "attend_real",
+    "chunk_loss",
     "chunk_tokens",
     "default_axes",
     "global_tokens",

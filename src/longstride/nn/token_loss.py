@@ -1,5 +1,7 @@
 """Cross-entropy of hidden states through the map to the logits, a chunk of tokens at a time."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,23 @@ def chunk_tokens(vocab_size: int) -> int:
     return max(FEWEST_TOKENS, CHUNK_LOGITS // vocab_size)
 
 
-def summed_token_loss(hidden: Tensor, to_logits: nn.Module, targets: Tensor, ignore_index: int = -100) -> Tensor:
+def chunk_loss(chunk: Tensor, to_logits: nn.Module, targets: Tensor, ignore_index: int) -> Tensor:
+    """:func:`summed_token_loss` of one chunk, float[tokens, hidden_size], whose logits are formed again backward."""
+
+    def loss(chunk: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(to_logits(chunk).float(), targets, ignore_index=ignore_index, reduction="sum")
+
+    # Nothing in a chunk is drawn at random.
+    return checkpoint(loss, chunk, targets, use_reentrant=False, preserve_rng_state=False)
+
+
+def summed_token_loss(
+    hidden: Tensor,
+    to_logits: nn.Module,
+    targets: Tensor,
+    ignore_index: int = -100,
+    chunk_loss: Callable[..., Tensor] = chunk_loss,
+) -> Tensor:
     """sum_t -log softmax(to_logits(hidden_t))[targets_t] over the tokens whose target is not ``ignore_index``.
 
     The logits of a chunk are formed, reduced to one number and dropped; the backward pass forms them again. The memory
@@ -33,14 +51,11 @@ def summed_token_loss(hidden: Tensor, to_logits: nn.Module, targets: Tensor, ign
         to_logits: maps [n, hidden_size] to logits [n, vocab_size]; it has a ``weight`` [vocab_size, hidden_size].
         targets: int64[tokens]; a token, or ignore_index.
         ignore_index: the target of tokens that do not count.
+        chunk_loss: :func:`chunk_loss`, or what it was compiled to.
 
     Returns:
         float32[], differentiable with respect to ``hidden`` and the map's weights; 0 where no token counts.
     """
-
-    def chunk_loss(chunk: Tensor, chunk_targets: Tensor) -> Tensor:
-        return F.cross_entropy(to_logits(chunk).float(), chunk_targets, ignore_index=ignore_index, reduction="sum")
-
     weight = to_logits.weight
     assert isinstance(weight, Tensor)
     length = chunk_tokens(weight.shape[0])
@@ -48,6 +63,5 @@ def summed_token_loss(hidden: Tensor, to_logits: nn.Module, targets: Tensor, ign
     chunks = zip(hidden.split(length), targets.split(length), strict=True)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for chunk, chunk_targets in chunks:
-        # Nothing in a chunk is drawn at random.
-        total = total + checkpoint(chunk_loss, chunk, chunk_targets, use_reentrant=False, preserve_rng_state=False)
+        total = total + chunk_loss(chunk, to_logits, chunk_targets, ignore_index)
     return total

@@ -52,6 +52,8 @@ def trainer_arguments(
         log_level="error",
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        # Batches are on their way while the device computes: waiting for each would empty its queue at every step.
+        accelerator_config={"non_blocking": device.type == "cuda"},
         **others,
     )
     if args.n_gpu > 1:

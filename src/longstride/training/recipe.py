@@ -116,6 +116,8 @@ class RunRecipe:
         time_limit_s: stop after so many seconds of training in this process; None for no limit.
         recompute: what the backward pass computes again, to save memory: ``nothing``, ``blocks``, or
             ``all_but_attention``; see `longstride.models.recompute_in_backward`.
+        compile: compile the residual blocks for training, on the first step; see
+            `longstride.models.compiled_blocks`.
         tensorboard: write event files too.
     """
 
@@ -129,6 +131,7 @@ class RunRecipe:
     keep_checkpoints: int = 2
     time_limit_s: float | None = None
     recompute: str = "nothing"
+    compile: bool = False
     tensorboard: bool = False
 
 

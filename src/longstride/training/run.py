@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from longstride.models import (
     SparseTransformerConfig,
     SparseTransformerForCausalLM,
     check_recomputation,
+    compiled_blocks,
     recompute_in_backward,
 )
 from longstride.training.arguments import trainer_arguments
@@ -96,11 +98,18 @@ def model_config(recipe: Recipe) -> SparseTransformerConfig:
     )
 
 
-def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[str], None]) -> TrainingResult:
+def train(
+    recipe: Recipe,
+    data: PreparedData,
+    folder: RunFolder,
+    say: Callable[[str], None],
+    watch: Callable[[int, float | None, float | None], None] | None = None,
+) -> TrainingResult:
     """Train, going on from the newest sound checkpoint in ``folder`` if there is one.
 
     Args:
         say: called with a line for the screen.
+        watch: called after every step and every periodic evaluation, as `Observer`'s ``show`` is.
 
     Raises:
         CheckpointError: a checkpoint could not be written, or none of those there is sound.
@@ -128,7 +137,13 @@ def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[
     curve = Curve(folder.metrics, start)
     began = time.monotonic()
     with stop_on_ctrl_c() as interruption, _Progress(start, schedule.steps, data.unit, say) as progress:
-        observer = Observer(curve, interruption, progress.show, recipe.run.time_limit_s)
+
+        def show(step: int, train_bits: float | None, validation_bits: float | None) -> None:
+            progress.show(step, train_bits, validation_bits)
+            if watch is not None:
+                watch(step, train_bits, validation_bits)
+
+        observer = Observer(curve, interruption, show, recipe.run.time_limit_s)
         trainer = ByteTrainer(
             curve=curve,
             checkpoints=folder.checkpoints,
@@ -140,7 +155,8 @@ def train(recipe: Recipe, data: PreparedData, folder: RunFolder, say: Callable[[
             callbacks=[observer],
         )
         observer.trainer = trainer
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+        with compiled_blocks(model) if recipe.run.compile else nullcontext():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     curve.flush()
     step = trainer.state.global_step
     trained_bytes = (step - start) * schedule.batch_size * schedule.gradient_accumulation_steps * context

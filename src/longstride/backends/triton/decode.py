@@ -30,16 +30,17 @@ class DecodeShape:
     programs: int
 
 
-def decode_shape(family: str, dtype: torch.dtype, dim: int, share: int) -> DecodeShape:
+def decode_shape(family: str, dtype: torch.dtype, dim: int, share: int, span: int) -> DecodeShape:
     """The shape for a family of devices (`tuning.family`); dim is the larger head_dim as a power of two.
 
-    A tile of one head is multiplied in registers, keys x dim numbers at a time, hence fewer keys for wider heads.
+    A tile of one head is multiplied in registers, keys x dim numbers at a time, hence fewer keys for wider heads, and
+    where the keys of a query (span) are few: more programs then wait for memory at the same time.
     """
     if family == "interpreter":
         return DecodeShape(16, 4, 4)
     wide = dim > 128 or dtype == torch.float32
     if family == "hopper":
-        return DecodeShape(32 if wide else 64, 4, 264)
+        return DecodeShape(32 if wide or span <= 1024 else 64, 4, 528)
     return DecodeShape(16 if wide and share == 1 else 32, 4, 128)
 
 
@@ -76,10 +77,10 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: CachedRows, 
     batch, heads, tokens, dim = q.shape
     v_dim = v.shape[3]
     block_d, block_dv = (max(16, 1 << (x - 1).bit_length()) for x in (dim, v_dim))
-    shape = decode_shape(family(q.device), q.dtype, max(block_d, block_dv), layout.share)
     out = torch.empty(batch, heads, tokens, v_dim, dtype=q.dtype, device=q.device)
     with _on(q):
         for launch in lowered.launches:
+            shape = decode_shape(family(q.device), q.dtype, max(block_d, block_dv), layout.share, launch.span)
             count = len(launch.lanes)
             splits = splits_for(shape, batch * tokens * count, launch.span)
             parts = [out] * 3
@@ -100,6 +101,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: CachedRows, 
                 lowered.lists,
                 out,
                 *parts,
+                rows.arrivals,
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *v.stride()[:3],
@@ -122,17 +124,4 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: CachedRows, 
                 PRECISION="tf32" if _tf32(q.dtype) else "ieee",
                 num_warps=shape.warps,
             )
-            if splits > 1:
-                kernels.combine[(batch * tokens, count, layout.share)](
-                    launch.lanes,
-                    *parts,
-                    out,
-                    heads,
-                    TOKENS=tokens,
-                    SHARE=layout.share,
-                    SPLITS=splits,
-                    V_HEAD_DIM=v_dim,
-                    BLOCK_DV=block_dv,
-                    num_warps=4,
-                )
     return out

@@ -1,8 +1,9 @@
 """The decode kernel: a few queries a row of the batch against the rows that a cache holds for them.
 
 Every program takes one query position of one lane (all its heads at once) and a share of the keys, which it finds by
-arithmetic on the position (`decode_geometry`). Programs of the first share also attend to the step's own new tokens,
-as these were given, and write them to the cache: no row that they overwrite is read by any query of the step.
+arithmetic on the position (`decode_geometry`). Programs of the last share also attend to the step's own new tokens,
+as these were given, and write them to the cache: no row that they overwrite is read by any query of the step. Of the
+programs of one query the one that finishes last joins their results.
 """
 
 import triton
@@ -82,7 +83,10 @@ def _read(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The running softmax after this split's stretch of read r: positions before the step alone."""
+    """The running softmax after this split's stretch of read r: positions before the step alone.
+
+    The reads begin at different splits, so that short ones do not all fall to the first.
+    """
     READ: tl.constexpr = word(PROGRAM, 2 + STORE_WORDS * word(PROGRAM, 0) + r)
     STORE: tl.constexpr = word(PROGRAM, READ + 1 + WALK_WORDS)
     QUERIES: tl.constexpr = word(PROGRAM, READ + 2 + WALK_WORDS)
@@ -96,6 +100,7 @@ def _read(
     if QUERIES >= 0:
         count = tl.where(listed(i, QUERIES, spots, lists), count, 0)
     stretch = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_N) * BLOCK_N
+    split = (split + r * SPLITS // word(PROGRAM, 1)) % SPLITS
     for begin in range(split * stretch, tl.minimum(count, (split + 1) * stretch), BLOCK_N):
         there = begin + n < count
         j = position(i, first, begin + n, PROGRAM, READ, spots, lists, there)
@@ -122,6 +127,23 @@ def _own(r: tl.constexpr, i, j, spots, lists, PROGRAM: tl.constexpr):
 
 
 @triton.jit
+def _join(
+    line, part_acc, part_peak, part_total, out, SPLITS: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr
+):
+    """One softmax of a query's line in out, of those of its splits: read past the first-level cache of this core."""
+    s = tl.arange(0, SPLITS)
+    dv = tl.arange(0, BLOCK_DV)
+    peaks = tl.load(part_peak + line * SPLITS + s, cache_modifier=".cg")
+    totals = tl.load(part_total + line * SPLITS + s, cache_modifier=".cg")
+    at = part_acc + (line * SPLITS + s)[:, None] * V_HEAD_DIM + dv[None, :]
+    acc = tl.load(at, mask=(dv < V_HEAD_DIM)[None, :], other=0.0, cache_modifier=".cg")
+    faded = tl.exp2(peaks - tl.max(peaks, 0))
+    total = tl.sum(totals * faded, 0)
+    result = tl.sum(acc * faded[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + line * V_HEAD_DIM + dv, result.to(out.dtype.element_ty), mask=dv < V_HEAD_DIM)
+
+
+@triton.jit
 def decode(
     q,
     new_k,
@@ -136,6 +158,7 @@ def decode(
     part_acc,
     part_peak,
     part_total,
+    arrivals,
     q_batch,
     q_head,
     q_token,
@@ -163,10 +186,10 @@ def decode(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid [batch * TOKENS, lanes, SPLITS]: out, or with several splits what `combine` makes it of.
+    """Grid [batch * TOKENS, lanes, SPLITS]: out.
 
     keys, values: [batch, rows, dim], contiguous; out and the parts: contiguous, heads as in out [batch, heads, tokens].
-    scale: in base 2.
+    arrivals: int32 [batch * TOKENS * all lanes], zeros, and zeros again at the end. scale: in base 2.
     """
     batch = (tl.program_id(0) // TOKENS).to(tl.int64)
     turn = tl.program_id(0) % TOKENS
@@ -207,6 +230,13 @@ def decode(
     new_k += batch * k_batch + kv_head * k_head
     new_v += batch * v_batch + kv_head * v_head
 
+    # The step's own tokens, up to the query's: loaded early, since nothing but the lane decides where they are.
+    own = split == SPLITS - 1
+    t = tl.arange(0, BLOCK_T)
+    there = t <= tl.where(own, turn, -1)
+    own_keys = tl.load(new_k + t[:, None] * k_token + d[None, :], mask=there[:, None] & in_d[None, :], other=0.0)
+    own_values = tl.load(new_v + t[:, None] * v_token + dv[None, :], mask=there[:, None] & in_dv[None, :], other=0.0)
+
     # Everything before the step, the numbers of each read cut into SPLITS stretches.
     for r in tl.static_range(word(PROGRAM, 1)):
         peak, total, acc = _read(
@@ -235,18 +265,13 @@ def decode(
             PRECISION,
         )
 
-    # The step's own tokens, up to the query's.
-    if split == 0:
-        t = tl.arange(0, BLOCK_T)
-        there = t <= turn
+    if own:
         j = seen + t
         ok = t < 0
         for r in tl.static_range(word(PROGRAM, 1)):
             ok = ok | _own(r, i, j, spots, lists, PROGRAM)
         ok = ok & there
-        key = tl.load(new_k + t[:, None] * k_token + d[None, :], mask=there[:, None] & in_d[None, :], other=0.0)
-        value = tl.load(new_v + t[:, None] * v_token + dv[None, :], mask=there[:, None] & in_dv[None, :], other=0.0)
-        peak, total, acc = _absorb(query, key, value, ok, scale, peak, total, acc, DOTS, UPCAST, PRECISION)
+        peak, total, acc = _absorb(query, own_keys, own_values, ok, scale, peak, total, acc, DOTS, UPCAST, PRECISION)
         if writes != 0:
             own_key = tl.load(new_k + turn * k_token + d, mask=in_d, other=0.0)
             own_value = tl.load(new_v + turn * v_token + dv, mask=in_dv, other=0.0)
@@ -257,52 +282,30 @@ def decode(
                     tl.store(values + place.to(tl.int64) * V_HEAD_DIM + dv, own_value, mask=in_dv)
 
     line = (batch * heads + first_head) * TOKENS + turn  # int64; a head further on is TOKENS lines further on
-    if DOTS:
-        lines = line + g * TOKENS
-        if SPLITS == 1:
+    if SPLITS == 1:
+        if DOTS:
             result = acc / tl.where(total > 0, total, 1.0)[:, None]
-            at = out + lines[:, None] * V_HEAD_DIM + dv[None, :]
+            at = out + (line + g * TOKENS)[:, None] * V_HEAD_DIM + dv[None, :]
             tl.store(at, result.to(out.dtype.element_ty), mask=real[:, None] & in_dv[None, :])
         else:
-            parts = lines * SPLITS + split
+            result = acc / tl.where(total > 0, total, 1.0)
+            tl.store(out + line * V_HEAD_DIM + dv, result.to(out.dtype.element_ty), mask=in_dv)
+    else:
+        if DOTS:
+            parts = (line + g * TOKENS) * SPLITS + split
             tl.store(part_peak + parts, peak, mask=real)
             tl.store(part_total + parts, total, mask=real)
             at = part_acc + parts[:, None] * V_HEAD_DIM + dv[None, :]
             tl.store(at, acc, mask=real[:, None] & in_dv[None, :])
-    elif SPLITS == 1:
-        result = acc / tl.where(total > 0, total, 1.0)
-        tl.store(out + line * V_HEAD_DIM + dv, result.to(out.dtype.element_ty), mask=in_dv)
-    else:
-        part = line * SPLITS + split
-        tl.store(part_peak + part, peak)
-        tl.store(part_total + part, total)
-        tl.store(part_acc + part * V_HEAD_DIM + dv, acc, mask=in_dv)
-
-
-@triton.jit
-def combine(
-    lanes,
-    part_acc,
-    part_peak,
-    part_total,
-    out,
-    heads,
-    TOKENS: tl.constexpr,
-    SHARE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Grid [batch * TOKENS, lanes, SHARE]: one softmax out of those of the splits."""
-    batch = (tl.program_id(0) // TOKENS).to(tl.int64)
-    head = tl.load(lanes + 4 * tl.program_id(1)) * SHARE + tl.program_id(2)
-    line = (batch * heads + head) * TOKENS + tl.program_id(0) % TOKENS
-    s = tl.arange(0, SPLITS)
-    dv = tl.arange(0, BLOCK_DV)
-    peaks = tl.load(part_peak + line * SPLITS + s)
-    faded = tl.exp2(peaks - tl.max(peaks, 0))
-    total = tl.sum(tl.load(part_total + line * SPLITS + s) * faded, 0)
-    at = part_acc + (line * SPLITS + s)[:, None] * V_HEAD_DIM + dv[None, :]
-    acc = tl.load(at, mask=(dv < V_HEAD_DIM)[None, :], other=0.0)
-    result = tl.sum(acc * faded[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + line * V_HEAD_DIM + dv, result.to(out.dtype.element_ty), mask=dv < V_HEAD_DIM)
+        else:
+            part = line * SPLITS + split
+            tl.store(part_peak + part, peak)
+            tl.store(part_total + part, total)
+            tl.store(part_acc + part * V_HEAD_DIM + dv, acc, mask=in_dv)
+        # All warps of this program must have stored before one thread says so to the others.
+        tl.debug_barrier()
+        arrival = arrivals + (batch * TOKENS + turn) * (heads // SHARE) + first_head // SHARE
+        if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            for member in range(SHARE):
+                _join(line + member * TOKENS, part_acc, part_peak, part_total, out, SPLITS, V_HEAD_DIM, BLOCK_DV)
+            tl.store(arrival, 0)

@@ -1,0 +1,41 @@
+"""Residual blocks that are compiled for training: equal ones once, however many there are."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+
+from longstride.models.modeling import SparseTransformerForCausalLM, run_block
+from longstride.models.schedule import layer_patterns
+from longstride.nn import chunk_loss
+
+#: Compiled variants of one block beside its layers' patterns: a last batch that is smaller, other precisions.
+VARIANTS = 8
+
+
+@contextmanager
+def compiled_blocks(model: SparseTransformerForCausalLM, *, backend: str = "inductor") -> Generator[None]:
+    """Inside, training passes run each residual block, and each chunk of the loss, as one compiled graph.
+
+    Blocks that differ in their weights alone share a graph: a model of 128 layers that alternate between two patterns
+    compiles two. What `recompute_in_backward` chose is part of the graph. Only training mode is compiled: evaluation
+    and generation, with their many lengths and their caches, run as ever. No module is wrapped, so that weights are
+    saved under the same names, and afterwards the model is as it was.
+
+    Args:
+        model: on its device already, or moved before its first training pass.
+        backend: of `torch.compile`.
+
+    Raises:
+        torch._dynamo.exc.Unsupported: in the first training pass, where a block is no single graph.
+    """
+    patterns = set(layer_patterns(model.config))
+    model.model.run_block = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
+    model.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False, backend=backend)
+    try:
+        # Every pattern is a graph of the same function, and torch.compile gives up on functions with more than 8.
+        with torch._dynamo.config.patch(recompile_limit=len(patterns) + VARIANTS):
+            yield
+    finally:
+        model.model.run_block = run_block
+        model.chunk_loss = chunk_loss
