@@ -23,7 +23,17 @@ PATTERNS = (
     "per_head",
 )
 RECIPES = ("longformer", "bigbird", "mistral", "sparse_transformer_strided", "sparse_transformer_fixed", "gpt3")
-FUNCTIONS = ("attention", "attention_cached", "cache_bytes", "explain", "plan", "parse", "reach", "PatternCache")
+FUNCTIONS = (
+    "attention",
+    "attention_cached",
+    "cache_bytes",
+    "explain",
+    "plan",
+    "parse",
+    "reach",
+    "PatternCache",
+    "sparsify",
+)
 MODELS = (
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from longstride.attention import attention, explain
@@ -46,6 +47,7 @@ from longstride.patterns import (
 from longstride.plan import plan
 
 if TYPE_CHECKING:
+    from longstride.integrations.transformers import sparsify
     from longstride.models import (
         SparseTransformerConfig,
         SparseTransformerForCausalLM,
@@ -96,26 +98,27 @@ __all__ = [
     "reach",
     "sparse_transformer_fixed",
     "sparse_transformer_strided",
+    "sparsify",
 ]
 
 __version__ = "0.1.0"
 
-_MODEL_NAMES = (
-    "SparseTransformerConfig",
-    "SparseTransformerForCausalLM",
-    "SparseTransformerForMaskedLM",
-    "SparseTransformerForSequenceClassification",
-)
+#: What needs transformers, by the module that has it.
+_LAZY = {
+    "SparseTransformerConfig": "longstride.models",
+    "SparseTransformerForCausalLM": "longstride.models",
+    "SparseTransformerForMaskedLM": "longstride.models",
+    "SparseTransformerForSequenceClassification": "longstride.models",
+    "sparsify": "longstride.integrations.transformers",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # The model classes need transformers: loaded when first asked for, so that the op needs torch alone.
-    if name in _MODEL_NAMES:
-        from longstride import models
-
-        return getattr(models, name)
+    # Loaded when first asked for, so that the op needs torch alone.
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'longstride' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODEL_NAMES])
+    return sorted([*globals(), *_LAZY])

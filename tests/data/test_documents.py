@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import longstride
-from longstride.data import PackedWindows, decode_source, open_source, prepare
+from longstride.data import PackedWindows, RandomWindows, decode_source, open_source, prepare
 from longstride.data.documents import EMPTY, Documents
 from longstride.data.kind import CorruptFileError
 from longstride.errors import ArgumentError, DataError
@@ -68,7 +68,7 @@ def test_nothing_but_empty_documents(tmp_path):
 def test_packed_windows_carry_the_boundaries_in_them():
     records = np.array([0, 5, 305, 316])
     split = np.repeat(np.array([1, 2, 3], np.uint8), np.diff(records))
-    windows = PackedWindows(split, records, length=20, count=300, seed=0)
+    windows = PackedWindows(RandomWindows(split, length=20, count=300, seed=0), records)
     seen = set()
     for item in windows:
         ids, bounds = item["input_ids"], item["cu_seqlens"].tolist()
@@ -81,18 +81,18 @@ def test_packed_windows_carry_the_boundaries_in_them():
     assert seen == {2, 3}
     assert item["cu_seqlens"].dtype == torch.int32
     # From a window that begins with a document.
-    whole = PackedWindows(split[5:305], np.array([0, 20, 300]), length=300, count=1, seed=0)
+    whole = PackedWindows(RandomWindows(split[5:305], length=300, count=1, seed=0), np.array([0, 20, 300]))
     assert whole[0]["cu_seqlens"].tolist() == [0, 20, 300]
 
 
 def test_boundaries_of_another_split_are_refused():
     with pytest.raises(ArgumentError, match=r"documents from 0 to 9 in a split of 10 tokens"):
-        PackedWindows(np.zeros(10, np.uint8), np.array([0, 9]), 5, 1, 0)
+        PackedWindows(RandomWindows(np.zeros(10, np.uint8), 5, 1, 0), np.array([0, 9]))
 
 
 def test_boundaries_are_those_that_packed_attention_takes():
     split = np.arange(40, dtype=np.uint8)
-    item = PackedWindows(split, np.array([0, 13, 40]), length=40, count=1, seed=0)[0]
+    item = PackedWindows(RandomWindows(split, length=40, count=1, seed=0), np.array([0, 13, 40]))[0]
     q, k, v = torch.randn(3, 40, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
     pattern = longstride.Local(4)
     packed = longstride.attention_varlen(q, k, v, item["cu_seqlens"], pattern)

@@ -27,7 +27,11 @@ PATTERNS = [
 TOLERANCE = {torch.float16: (2e-3, 5e-3), torch.bfloat16: (1e-2, 3e-2)}
 
 
-@pytest.fixture(params=["cudnn", "flash", "flash-attn-4"])
+#: flash-attn-4's own warnings, while it compiles.
+QUIET = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(params=["cudnn", "flash", pytest.param("flash-attn-4", marks=QUIET)])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the kernels, where this machine has it."""
     if request.param == "flash-attn-4":
@@ -108,7 +112,7 @@ def test_any_layout_that_it_takes() -> None:
         ls.attention(*tokens_first, ls.Strided(8), backend="vendor")
 
 
-@pytest.mark.filterwarnings("ignore")  # flash-attn-4's own, while it compiles
+@QUIET
 @pytest.mark.skipif(vendor._flash_attn_4() is None, reason="flash-attn-4 is not installed, or this is no Hopper device")
 def test_windows_and_shared_key_heads() -> None:
     for pattern, kv_heads in ((ls.Local(100), 4), (ls.Local(600), 1), (ls.Causal(), 2), (ls.Dilated(20, 4), 4)):

@@ -82,6 +82,20 @@ def test_a_padded_row_equals_the_row_alone(rows, block, side, global_projections
         torch.testing.assert_close(logits[index][mask[index].bool()], alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("patterns", [LONGFORMER, BIGBIRD, SCATTERED], ids=str)
+def test_a_packed_document_equals_the_document_alone(rows, block, patterns):
+    model = make(block=block, patterns=patterns)
+    packed = torch.cat(rows)[None]
+    alone = torch.cat([model(row[None]).logits[0] for row in rows])
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    for said in ({"position_ids": positions}, {"cu_seq_lens_q": offsets, "max_length_q": max(LENGTHS)}):
+        torch.testing.assert_close(model(packed, **said).logits[0], alone, rtol=1e-10, atol=1e-10)
+    separate = make(block=block, global_projections="separate")
+    with pytest.raises(UnsupportedError, match="give each document a row of its own"):
+        separate(packed, position_ids=positions)
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_the_class_of_a_padded_row_is_that_of_the_row_alone(rows, block, side):
     model = make(SparseTransformerForSequenceClassification, block=block, num_labels=3)
@@ -253,6 +267,8 @@ def test_an_encoder_has_no_cache_and_no_weights():
     assert model(ids).past_key_values is None
     with pytest.raises(PatternError, match="a cache is for patterns in which no query reads a later key"):
         model(ids, use_cache=True)
+    with pytest.raises(PatternError, match="lets a token attend to later ones"):
+        make(block="modern", memory=8)
     with pytest.raises(UnsupportedError, match="never forms its weights"):
         make()(ids, output_attentions=True)
     with pytest.raises(ArgumentError, match="the sequence has 49 tokens"):

@@ -107,9 +107,10 @@ def test_position_ids_that_agree_with_the_mask_are_accepted(make_model, rows):
 @pytest.mark.parametrize("masked", [False, True])
 def test_other_position_ids_are_refused(make_model, masked):
     ids = torch.ones(1, 6, dtype=torch.long)
-    packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with pytest.raises(ArgumentError, match=r"position_ids must count 0, 1, 2, .* packed sequences a row each"):
-        make_model()(ids, position_ids=packed, attention_mask=torch.ones_like(ids) if masked else None)
+    # Packed documents go without a mask; without one, positions that leave some out are no documents either.
+    other = torch.tensor([[0, 1, 2, 0, 1, 2] if masked else [0, 1, 2, 4, 5, 6]])
+    with pytest.raises(ArgumentError, match=r"position_ids must count 0, 1, 2, .* in each packed document"):
+        make_model()(ids, position_ids=other, attention_mask=torch.ones_like(ids) if masked else None)
 
 
 @pytest.mark.parametrize("mask", [[1, 0, 1, 1], [0, 1, 0, 1], [1, 1, 0, 1]])

@@ -8,6 +8,7 @@ import torch
 
 from longstride.data import open_source, prepare
 from longstride.models import SparseTransformerForCausalLM, layer_patterns
+from longstride.models.memory import kept_tokens
 from longstride.training import RunFolder, model_config, read_curve, read_recipe, read_scale, scaled, train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -25,6 +26,8 @@ PARAMETERS = {
     "gpt3-alternating": (86_788_608, (125.2e6 - (50_257 - 256) * 768) / 1e6),
     # 41 M, with weights for relative positions that rotary ones do not have.
     "longformer-lm": (38_074_368, None),
+    # As many as Longformer's, which has this model's sizes; 41 M with those weights.
+    "transformer-xl": (38_074_368, None),
 }
 
 
@@ -41,7 +44,7 @@ def test_full_size_has_the_paper_s_parameters(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == exact
     if millions is not None:
         assert exact / 1e6 == pytest.approx(millions, rel=0.04)
-    assert model.config.max_position_embeddings == recipe.data.context
+    assert model.config.max_position_embeddings == recipe.data.context + recipe.model.memory
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -88,6 +91,13 @@ def test_the_papers_values_are_in_the_recipes():
     assert [recipe["model.dropout"] for recipe in (cifar10, enwik8, imagenet64)] == [0.25, 0.4, 0.01]
     assert [recipe["data.context"] for recipe in (cifar10, enwik8, imagenet64)] == [3072, 12288, 12288]
     assert enwik8["model.patterns"] == ("Fixed(128, 32)",)
+
+
+def test_transformer_xl_carries_a_window_and_what_its_patterns_read_of_it():
+    config = model_config(read_recipe(RECIPES / "transformer-xl.yaml"))
+    kept = [kept_tokens(pattern, 512 + 512, config.memory) for pattern in layer_patterns(config)]
+    assert (config.memory, config.max_position_embeddings) == (512, 1024)
+    assert kept == [127, 512] * 6
 
 
 def test_longformer_s_windows_grow_and_two_heads_of_the_upper_half_are_dilated():

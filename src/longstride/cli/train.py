@@ -247,7 +247,7 @@ def _finish(
     from longstride.data import written_whole
     from longstride.models import layer_patterns
     from longstride.plotting import plot_loss, plot_schedule
-    from longstride.training import evaluate
+    from longstride.training import evaluate_as_trained
 
     with written_whole(folder.model) as unfinished:
         model.save_pretrained(unfinished)
@@ -266,15 +266,16 @@ def _finish(
         write_continuations(recipe, data, samples, model, _say)
     test = data.split("test")[: recipe.evaluation.max_bytes]
     _say(f"Evaluating on {len(test):,} of the {data.tokens['test']:,} {data.unit}s of the test split.")
-    evaluation = evaluate(
+    documents = data.records("test", len(test)) if recipe.data.documents == "packed" else None
+    evaluation = evaluate_as_trained(
         model,
         test,
-        context=recipe.data.context,
-        min_context=min(recipe.min_context, len(test) - 1) if data.record == 1 else 1,
+        min_context=min(recipe.min_context, len(test) - 1) if data.record == 1 and documents is None else 1,
         batch_size=recipe.schedule.batch_size,
         progress=True,
         record=data.record,
         unit=data.unit,
+        documents=documents,
     )
     write_evaluation(evaluation, folder.evaluation, step=step, split="test", train_bytes_per_s=train_bytes_per_s)
     _say(str(evaluation))

@@ -7,6 +7,7 @@ from longstride.data.folders import written_whole
 from longstride.data.kind import CorruptFileError, Kind
 from longstride.data.labelled import Labelled, LabelledSplits, read_labelled
 from longstride.data.prepared import PreparedData, prepare
+from longstride.data.segments import Segments
 from longstride.data.splits import SPLITS, assign_split, split_source
 from longstride.data.windows import EvenWindows, PackedWindows, RandomWindows
 
@@ -24,6 +25,7 @@ __all__ = [
     "PackedWindows",
     "PreparedData",
     "RandomWindows",
+    "Segments",
     "assign_split",
     "cache_folder",
     "decode_source",

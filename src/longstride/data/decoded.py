@@ -103,6 +103,10 @@ class DecodedSource:
         """[tokens] of `Kind.dtype`, memory-mapped: all files joined, or their first ``limit`` tokens."""
         return self._joined()[:limit]
 
+    def boundaries(self, tokens: int) -> np.ndarray:
+        """int64[records + 1]: where records begin in ``read(tokens)``, and its end."""
+        return first_records(np.load(self.folder / "records.npy"), tokens)
+
     def _joined(self) -> np.memmap:
         return np.memmap(self.folder / "tokens.bin", dtype=self.kind.dtype, mode="r")
 
@@ -123,6 +127,11 @@ class DecodedSource:
             total = len(self.corrupt) + len(self.files)
             lines.append(f"{len(self.corrupt):,} of {total:,} files were corrupt and are left out.")
         return lines
+
+
+def first_records(records: np.ndarray, tokens: int) -> np.ndarray:
+    """Those of records, int64[records + 1], that begin in the first ``tokens`` tokens, and the end of these."""
+    return np.append(records[records < tokens], tokens)
 
 
 def decode_source(path: Path, kind: Kind, *, cache: Path | None = None, on_corrupt: str = "skip") -> DecodedSource:

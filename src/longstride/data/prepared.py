@@ -16,7 +16,7 @@ import numpy as np
 
 from longstride.data.bytes import ByteSource
 from longstride.data.catalogue import restore_kind
-from longstride.data.decoded import DecodedSource
+from longstride.data.decoded import DecodedSource, first_records
 from longstride.data.folders import written_whole
 from longstride.data.kind import Kind
 from longstride.data.splits import SPLITS, Slice, Source, split_source
@@ -71,10 +71,13 @@ class PreparedData:
         """uint8[tokens of the split], or uint16 for large vocabularies; read from the disk as it is used."""
         return np.memmap(self.folder / f"{name}.bin", dtype=self.dtype, mode="r")
 
-    def records(self, name: str) -> np.ndarray:
+    def records(self, name: str, tokens: int | None = None) -> np.ndarray:
         """int64[records + 1]: record r of the split is ``split(name)[records[r] : records[r + 1]]``.
 
         They are the boundaries that `longstride.attention_varlen` takes.
+
+        Args:
+            tokens: only those of so many tokens from the split's beginning, the last of which may be a part.
 
         Raises:
             DataError: plain bytes keep none.
@@ -82,7 +85,8 @@ class PreparedData:
         path = self.folder / f"{name}.records.npy"
         if not path.exists():
             raise DataError(f"{self.folder} keeps no boundaries: plain bytes are joined; use --kind documents")
-        return np.load(path)
+        records = np.load(path)
+        return records if tokens is None else first_records(records, tokens)
 
     def describe(self) -> str:
         """The sentences for the screen: source, splits, counts."""

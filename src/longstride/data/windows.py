@@ -4,6 +4,9 @@ There is no sampler state to save: a training that goes on at window i of the se
 it would have seen without the interruption.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -66,20 +69,23 @@ class EvenWindows(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return self.count
 
+    def start(self, index: int) -> int:
+        """The first token of window ``index``."""
+        return index * ((len(self.split) - self.length) // self.record) // max(self.count - 1, 1) * self.record
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        start = index * ((len(self.split) - self.length) // self.record) // max(self.count - 1, 1) * self.record
+        start = self.start(index)
         return _item(self.split[start : start + self.length])
 
 
 class PackedWindows(Dataset[dict[str, torch.Tensor]]):
-    """The windows of `RandomWindows`, with the boundaries of the documents in them, for packed training.
+    """Windows with the boundaries of the documents in them, for packed training.
 
     Args:
-        split: uint8 or uint16[tokens].
-        records: int64[documents + 1], where documents begin in the split, and its end: `PreparedData.records`.
-        length, count, seed: as in `RandomWindows`.
+        windows: which ones.
+        records: int64[documents + 1], where documents begin in the windows' split, and its end: `PreparedData.records`.
 
     Each item is ``{"input_ids": int64[length], "labels": int64[length], "cu_seqlens": int32[documents + 1]}``.
     ``cu_seqlens`` is what `longstride.attention_varlen` takes: document d of the window is ``input_ids[cu_seqlens[d] :
@@ -87,13 +93,13 @@ class PackedWindows(Dataset[dict[str, torch.Tensor]]):
     which is not counted: nothing of its own stands before it.
     """
 
-    def __init__(self, split: np.ndarray, records: np.ndarray, length: int, count: int, seed: int) -> None:
-        self.windows = RandomWindows(split, length, count, seed)
-        if records[0] != 0 or records[-1] != len(split):
+    def __init__(self, windows: RandomWindows | EvenWindows, records: np.ndarray) -> None:
+        if records[0] != 0 or records[-1] != len(windows.split):
             raise ArgumentError(
-                f"documents from {records[0]:,} to {records[-1]:,} in a split of {len(split):,} tokens: give that "
-                "split's own PreparedData.records"
+                f"documents from {records[0]:,} to {records[-1]:,} in a split of {len(windows.split):,} tokens: give "
+                "that split's own PreparedData.records"
             )
+        self.windows = windows
         self.records = records
 
     def __len__(self) -> int:
@@ -108,6 +114,23 @@ class PackedWindows(Dataset[dict[str, torch.Tensor]]):
         labels = item["labels"].clone()
         labels[torch.from_numpy(bounds[:-1])] = -100
         return {**item, "labels": labels, "cu_seqlens": torch.from_numpy(bounds.astype(np.int32))}
+
+    @staticmethod
+    def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """A batch as a model takes it: the windows below one another, and where documents begin in all of them.
+
+        Returns:
+            ``input_ids`` and ``labels`` int64[batch, length], ``cu_seq_lens_q`` int32[documents + 1] of the batch's
+            tokens row after row, and ``max_length_q``, the length of a window, which no document exceeds. Documents
+            without tokens stand at the end, up to a power of two: compiled models then meet few numbers of them.
+        """
+        batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in ("input_ids", "labels")}
+        length = batch["input_ids"].shape[1]
+        begins = [item["cu_seqlens"][:-1] + row * length for row, item in enumerate(items)]
+        offsets = torch.cat(begins)
+        ends = (1 << (len(offsets) - 1).bit_length()) + 1 - len(offsets)
+        offsets = torch.nn.functional.pad(offsets, (0, ends), value=len(items) * length)
+        return batch | {"cu_seq_lens_q": offsets, "max_length_q": length}
 
 
 def _check_fits(split: np.ndarray, length: int) -> None:

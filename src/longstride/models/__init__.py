@@ -19,6 +19,7 @@ from longstride.models.compilation import compiled_blocks
 from longstride.models.configuration import BLOCKS, GLOBAL_PROJECTIONS, SparseTransformerConfig
 from longstride.models.decode_graph import DecodeGraph, graph_obstacle
 from longstride.models.encoder import SparseTransformerForMaskedLM, SparseTransformerForSequenceClassification
+from longstride.models.memory import SegmentMemory, check_memory
 from longstride.models.modeling import SparseTransformerForCausalLM, SparseTransformerModel
 from longstride.models.recomputation import RECOMPUTE, check_recomputation, recompute_in_backward
 from longstride.models.schedule import layer_patterns
@@ -38,12 +39,14 @@ __all__ = [
     "RECOMPUTE",
     "DecodeGraph",
     "ParameterCount",
+    "SegmentMemory",
     "SparseTransformerCache",
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
     "SparseTransformerForMaskedLM",
     "SparseTransformerForSequenceClassification",
     "SparseTransformerModel",
+    "check_memory",
     "check_recomputation",
     "compiled_blocks",
     "graph_obstacle",

@@ -1,5 +1,6 @@
 """`PatternCache` as Hugging Face's `generate` knows caches: what it asks of a `Cache`, and what it asks of a layer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,48 +11,38 @@ from longstride.cache import PatternCache, cache_bytes
 from longstride.errors import ArgumentError, UnsupportedError
 from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.schedule import layer_patterns
+from longstride.patterns import Pattern
 
 
-class SparseTransformerCache(Cache):
-    """The keys and values that a Sparse Transformer may still read; ``generate()`` makes one by itself.
+class GenerationCache(Cache):
+    """A `PatternCache` that ``generate()`` can make, ask, reorder and crop; which model feeds it is its subclasses'.
 
     Memory is taken when the first tokens come, since the batch, the dtype and the device are known then.
 
     Args:
-        config: the model's.
-        capacity: the most tokens a row, padding not counted; config.max_position_embeddings unless given.
+        patterns: one a layer.
+        capacity: the most tokens a row, padding not counted.
         headroom: up to headroom + 1 of the latest tokens can always be taken back by `crop`.
+        layers: what transformers sees of the layers, made with this cache.
 
     Raises:
-        ArgumentError: capacity or headroom is out of range.
+        ArgumentError: headroom is out of range.
     """
 
-    def __init__(self, config: SparseTransformerConfig, capacity: int | None = None, headroom: int = 0) -> None:
-        longest = config.max_position_embeddings
-        capacity = longest if capacity is None else capacity
-        if not 1 <= capacity <= longest:
-            raise ArgumentError(f"capacity={capacity}: it must be from 1 to max_position_embeddings={longest}")
+    def __init__(
+        self, patterns: Sequence[Pattern], capacity: int, headroom: int, layers: "Sequence[GenerationCacheLayer]"
+    ) -> None:
         if headroom < 0:
             raise ArgumentError(f"headroom={headroom}: it must not be negative")
-        self.patterns = layer_patterns(config)
+        self.patterns = tuple(patterns)
         self.capacity = capacity
         self.headroom = headroom
-        assert config.qk_hidden_size is not None
-        heads = config.num_attention_heads
-        self.sizes = {
-            "num_heads": heads,
-            "head_dim": config.qk_hidden_size // heads,
-            "v_head_dim": config.hidden_size // heads,
-            "headroom": headroom,
-        }
+        #: The arguments of `PatternCache` that say how large heads are.
+        self.sizes: dict[str, int] = {"headroom": headroom}
         #: Tokens that every row was given, padding included.
         self.seen = 0
         self.rows: PatternCache | None = None
-        super().__init__(layers=[SparseTransformerCacheLayer(self) for _ in self.patterns])
-
-    def bytes_for(self, batch: int, dtype: torch.dtype) -> int:
-        """The bytes that it takes for so many rows, exactly, whether it has them already or not."""
-        return cache_bytes(self.patterns, self.capacity, batch=batch, dtype=dtype, **self.sizes)
+        super().__init__(layers=list(layers))
 
     @property
     def nbytes(self) -> int:
@@ -128,24 +119,53 @@ class SparseTransformerCache(Cache):
             self.rows.repeat(repeats)
 
     def __repr__(self) -> str:
-        return f"<SparseTransformerCache: {self.seen} of {self.capacity} tokens seen, {self.rows}>"
+        return f"<{type(self).__name__}: {self.seen} of {self.capacity} tokens seen, {self.rows}>"
 
 
-class SparseTransformerCacheLayer(CacheLayerMixin):
+class SparseTransformerCache(GenerationCache):
+    """The keys and values that a Sparse Transformer may still read; ``generate()`` makes one by itself.
+
+    Args:
+        config: the model's.
+        capacity: the most tokens a row, padding not counted; config.max_position_embeddings unless given.
+        headroom: up to headroom + 1 of the latest tokens can always be taken back by `crop`.
+
+    Raises:
+        ArgumentError: capacity or headroom is out of range.
+    """
+
+    def __init__(self, config: SparseTransformerConfig, capacity: int | None = None, headroom: int = 0) -> None:
+        longest = config.max_position_embeddings
+        capacity = longest if capacity is None else capacity
+        if not 1 <= capacity <= longest:
+            raise ArgumentError(f"capacity={capacity}: it must be from 1 to max_position_embeddings={longest}")
+        patterns = layer_patterns(config)
+        super().__init__(patterns, capacity, headroom, [SparseTransformerCacheLayer(self) for _ in patterns])
+        assert config.qk_hidden_size is not None
+        heads = config.num_attention_heads
+        self.sizes |= {
+            "num_heads": heads,
+            "head_dim": config.qk_hidden_size // heads,
+            "v_head_dim": config.hidden_size // heads,
+        }
+
+    def bytes_for(self, batch: int, dtype: torch.dtype) -> int:
+        """The bytes that it takes for so many rows, exactly, whether it has them already or not."""
+        return cache_bytes(self.patterns, self.capacity, batch=batch, dtype=dtype, **self.sizes)
+
+
+class GenerationCacheLayer(CacheLayerMixin):
     """One layer, as far as transformers looks at layers; what it holds is in the cache's `rows`."""
 
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, cache: SparseTransformerCache) -> None:
+    def __init__(self, cache: GenerationCache) -> None:
         super().__init__()
         self.cache = cache
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
-        raise _not_for_others()
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        raise _not_for_others()
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the cache takes its memory by `GenerationCache.rows_for`."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.seen + query_length, 0
@@ -155,6 +175,16 @@ class SparseTransformerCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.cache.capacity
+
+
+class SparseTransformerCacheLayer(GenerationCacheLayer):
+    """A layer that only a Sparse Transformer can feed."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
+        raise _not_for_others()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        raise _not_for_others()
 
 
 def _not_for_others() -> UnsupportedError:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from longstride.errors import ArgumentError
+from longstride.models.memory import check_memory
 from longstride.models.schedule import pattern_stride, read_patterns, tables_to_json
 from longstride.nn import default_axes, global_tokens
 from longstride.patterns import Pattern
@@ -26,7 +27,7 @@ class SparseTransformerConfig(PreTrainedConfig):
         hidden_size: model width d.
         num_hidden_layers: number of residual blocks N.
         num_attention_heads: heads; must divide hidden_size and qk_hidden_size.
-        max_position_embeddings: longest sequence, in tokens.
+        max_position_embeddings: longest sequence that is given at once, in tokens.
         patterns: pattern texts (or patterns), cycled over the layers; one text stands for a list of one.
             ``["Local(128)", "Strided(128)"]`` alternates, ``"Local(128) | Strided(128)"`` merges,
             ``"per_head(Local(128), Strided(128))"`` splits the heads. All must be causal in a language model
@@ -47,6 +48,9 @@ class SparseTransformerConfig(PreTrainedConfig):
         global_projections: ``"shared"``: global tokens have the projections of all others; ``"separate"``, in encoders:
             they read the sequence by queries, keys and values of their own, as Longformer's do
             (`longstride.nn.GlobalProjections`), and every pattern must name some.
+        memory: tokens of earlier segments that a layer may read, for a model that is trained and evaluated by segments
+            (`SegmentMemory`); 0 for none. It needs the modern block: a learned position embedding says which place of
+            a segment a token has, and the keys of earlier segments would say the same of other tokens.
         rotary_base: the modern block's longest wavelength is about 2 pi rotary_base tokens.
         dropout: probability of dropping an element of a branch where it is added to the residual stream.
         layer_norm_eps: added to the variance in the layer norms, to the mean square in RMSNorm.
@@ -62,6 +66,7 @@ class SparseTransformerConfig(PreTrainedConfig):
 
     Raises:
         ArgumentError: a value is out of range or does not fit another.
+        UnsupportedError: a memory with patterns that do not repeat.
         PatternError: a pattern text is not legal, does not split over the heads, does not serve every length up to
             max_position_embeddings, or names no global tokens although they have projections of their own.
 
@@ -82,6 +87,7 @@ class SparseTransformerConfig(PreTrainedConfig):
     qk_hidden_size: int | None = None
     position_axes: list[int] | None = None
     global_projections: str = "shared"
+    memory: int = 0
     rotary_base: float = 10000.0
     dropout: float = 0.0
     layer_norm_eps: float = 1e-5
@@ -154,6 +160,14 @@ class SparseTransformerConfig(PreTrainedConfig):
             for pattern in cycle:
                 global_tokens(pattern)
         self._resolve_position_axes(cycle)
+        if self.memory != 0:
+            if self.block != "modern":
+                raise ArgumentError(
+                    f"memory={self.memory} with block={self.block!r}: learned position embeddings cannot tell "
+                    "an earlier segment's tokens from the present one's; take block='modern', whose positions are "
+                    "distances"
+                )
+            check_memory(cycle, self.memory)
 
     def _resolve_patterns(self) -> tuple[Pattern, ...]:
         given = [self.patterns] if isinstance(self.patterns, (str, Pattern)) else list(self.patterns or ())

@@ -63,6 +63,8 @@ class SparseTransformerForMaskedLM(SparseTransformerEncoder):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Logits, and the loss where labels are given; the other arguments are :class:`SparseTransformerModel`'s.
@@ -82,6 +84,8 @@ class SparseTransformerForMaskedLM(SparseTransformerEncoder):
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_length_q=max_length_q,
         )
         logits, loss = None, None
         if self.training and labels is not None and self.loss_function is ForMaskedLMLoss:
@@ -150,6 +154,6 @@ def mean_of_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return hidden.mean(1)
     real = (attention_mask != 0)[..., None].to(hidden.device)
-    # float32: a sum over thousands of tokens is too much for bfloat16. Selected, not multiplied: see `attend_real`.
+    # float32: a sum over thousands of tokens is too much for bfloat16. Selected: what stands at padding means nothing.
     summed = torch.where(real, hidden, 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
     return (summed / real.sum(1).clamp(min=1)).to(hidden.dtype)

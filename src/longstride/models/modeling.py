@@ -17,9 +17,18 @@ from longstride.models.blocks import build_blocks, last_norm
 from longstride.models.cache import SparseTransformerCache
 from longstride.models.causal_loss import chunked_causal_loss
 from longstride.models.configuration import SparseTransformerConfig
+from longstride.models.memory import SegmentMemory
+from longstride.models.packing import document_positions, packed_documents
 from longstride.models.padding import ChunkShift, RowShift, check_positions
 from longstride.models.schedule import check_causal, layer_patterns
-from longstride.nn import FactorizedPositions, LogitsProjection, RotaryPositions, chunk_loss, initialize_
+from longstride.nn import (
+    Documents,
+    FactorizedPositions,
+    LogitsProjection,
+    RotaryPositions,
+    chunk_loss,
+    initialize_,
+)
 
 #: How many guessed tokens assisted generation can take back; its assistants guess 20 at a time, or a few more.
 ASSISTED_HEADROOM = 128
@@ -53,8 +62,12 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
         return super()._check_and_adjust_attn_implementation("eager", *args, **kwargs)
 
 
-def run_block(layer: nn.Module, hidden: Tensor, for_attention: dict[str, Any]) -> Tensor:
-    """One residual block: what `longstride.models.compiled_blocks` compiles."""
+def run_block(layer: nn.Module, hidden: Tensor, for_attention: dict[str, Any]) -> Any:
+    """One residual block: what `longstride.models.compiled_blocks` compiles.
+
+    Returns:
+        The block's output; with ``earlier`` segments a pair of it and the keys and values that the next ones read.
+    """
     return layer(hidden, **for_attention)
 
 
@@ -94,6 +107,9 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         past_key_values: SparseTransformerCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        memory: SegmentMemory | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token.
@@ -103,17 +119,23 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             attention_mask: [batch, length], nonzero where the token is real. Padding may stand on the left, on the
                 right or on both sides of a row's content; every row comes out as if it stood alone. What comes out
                 at padding means nothing. With a cache it is [batch, tokens seen + length], of the earlier tokens too.
-            position_ids: int64[batch or 1, length]; accepted where it says what is the case anyway: positions count
-                from each row's first real token.
+            position_ids: int64[batch or 1, length]; positions count from each row's first real token, which need not be
+                said. Where they begin at 0 again, another document begins, which sees none of those before it.
             inputs_embeds: float[batch, length, hidden_size], instead of input_ids; positions are added to it.
             past_key_values: keys and values of earlier tokens, which the given ones follow; these are added to it.
             use_cache: True makes a cache for config.max_position_embeddings tokens where none is given.
             output_hidden_states: also return the embeddings and every block's output, the last one after the norm.
+            memory: what is kept of earlier segments of the same rows, which the given tokens follow; it takes these.
+                Gradients end at it.
+            cu_seq_lens_q: int32 or int64[documents + 1], offsets in the batch's tokens, row after row: where documents
+                begin, said without position_ids.
+            max_length_q: the tokens of the longest document, or more; with it nothing is read back from the device.
 
         Raises:
             ArgumentError: not exactly one of input_ids and inputs_embeds; a sequence longer than
                 config.max_position_embeddings; a mask with padding inside the content; other positions; another kind
-                of cache, or one without room.
+                of cache, or one without room; two of a cache, a memory and packed documents, or a mask with either of
+                the last two.
             UnsupportedError: attention weights are asked for, or gradients with a cache.
         """
         if kwargs.get("output_attentions"):
@@ -129,12 +151,22 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         assert inputs is not None
         batch, length = inputs.shape[:2]
         cache = self._cache(past_key_values, use_cache)
+        # With a mask or a cache position_ids say 0 of padding, too.
+        said = position_ids if attention_mask is None and cache is None else None
+        documents = packed_documents(
+            said,
+            cu_seq_lens_q,
+            max_length_q,
+            batch=batch,
+            length=length,
+            longest=self.config.max_position_embeddings,
+        )
+        _check_one_of(cache, memory, documents, attention_mask, position_ids)
+        if memory is not None:
+            memory.open(batch)
         seen = 0 if cache is None else cache.seen
-        if seen + length > self.config.max_position_embeddings:
-            raise ArgumentError(
-                f"the sequence has {seen + length} tokens and max_position_embeddings="
-                f"{self.config.max_position_embeddings}: shorten it, or train a model with a longer context"
-            )
+        if documents is None:
+            self._check_length(length, seen, memory)
         rows: PatternCache | None = None
         shift, counts = None, None
         if cache is not None:
@@ -146,15 +178,20 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             shift = RowShift(attention_mask, batch, length)
         if shift is not None:
             inputs = shift.roll(inputs)
-        if position_ids is not None:
+        if position_ids is not None and documents is None:
             check_positions(position_ids, batch, length, shift, None if rows is None else rows.lengths)
         hidden = self.embed_tokens(inputs) if inputs_embeds is None else inputs
         positions = torch.arange(length, device=hidden.device)
         if rows is not None:
             # What stands behind a row's real tokens has no position; any will do.
             positions = (rows.lengths[:, None] + positions).clamp(max=self.config.max_position_embeddings - 1)
-        for_attention = {}
-        if self.looks_ahead and shift is not None:
+        for_attention: dict[str, Any] = {}
+        if memory is not None:
+            positions = memory.positions(length, hidden.device)
+        if documents is not None:
+            for_attention["documents"] = documents
+            positions = document_positions(documents.cu_seqlens, batch * length).view(batch, length)
+        elif self.looks_ahead and shift is not None:
             for_attention["counts"] = shift.counts()
         if self.config.block == "modern":
             for_attention["rotation"] = self.rotary_positions(positions)
@@ -170,8 +207,14 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
                 states.append(hidden)
             if rows is not None:
                 for_attention |= {"cache": rows, "layer": index, "counts": counts}
-            hidden = run(layer, hidden, for_attention)
+            if memory is None:
+                hidden = run(layer, hidden, for_attention)
+            else:
+                hidden, own = run(layer, hidden, for_attention | {"earlier": memory.earlier(index)})
+                memory.carry(index, own)
         states.append(self.norm(hidden))
+        if memory is not None:
+            memory.advance(length)
         if cache is not None:
             cache.advance(length)
 
@@ -181,6 +224,24 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             last_hidden_state=states[-1],
             past_key_values=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+    def _check_length(self, length: int, seen: int, memory: SegmentMemory | None) -> None:
+        longest, most = seen + length, self.config.max_position_embeddings
+        if memory is not None:
+            if self.config.block == "modern":
+                return  # its positions are distances, and its memory is bounded
+            longest = max(memory.seen) + length
+        if longest <= most:
+            return
+        if memory is not None:
+            raise ArgumentError(
+                f"the text has {longest} tokens with this segment and max_position_embeddings={most}: learned position "
+                "embeddings end there; block='modern' has positions that do not"
+            )
+        raise ArgumentError(
+            f"the sequence has {longest} tokens and max_position_embeddings={most}: shorten it, or train a model with "
+            "a longer context"
         )
 
     def _cache(self, given: Any, use_cache: bool | None) -> SparseTransformerCache | None:
@@ -236,6 +297,9 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
+        memory: SegmentMemory | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given; the other arguments are :class:`SparseTransformerModel`'s.
@@ -246,11 +310,29 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
 
         Args:
             labels: int64[batch, length], usually the input_ids themselves: they are shifted inside, so that the
-                logits at position t are held against labels[:, t + 1]. Places with -100 do not count.
+                logits at position t are held against labels[:, t + 1]. Places with -100 do not count, nor does the
+                first token of a packed document, which no token of its own stands before.
             logits_to_keep: compute the logits of that many last positions alone, or of the positions in an int64
                 tensor; 0 means all.
-            kwargs: loss arguments, such as the Trainer's ``num_items_in_batch``, by which the summed loss is divided.
+            kwargs: loss arguments, such as the Trainer's ``num_items_in_batch``, by which the summed loss is divided,
+                and ``shift_labels``, int64[batch, length], which are shifted already and taken as they are.
         """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is not None and attention_mask is None and past_key_values is None and not use_cache:
+            batch, length = inputs.shape[:2]
+            documents = packed_documents(
+                position_ids,
+                cu_seq_lens_q,
+                max_length_q,
+                batch=batch,
+                length=length,
+                longest=self.config.max_position_embeddings,
+            )
+            if documents is not None:
+                position_ids, (cu_seq_lens_q, max_length_q) = None, documents
+                if labels is not None:
+                    begins = document_positions(cu_seq_lens_q, batch * length).view(batch, length) == 0
+                    labels = labels.masked_fill(begins, -100)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -258,6 +340,9 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            memory=memory,
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_length_q=max_length_q,
             output_hidden_states=output_hidden_states,
             output_attentions=kwargs.pop("output_attentions", None),
             return_dict=True,
@@ -302,3 +387,24 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
             max_cache_length, headroom = max_cache_length + ASSISTED_HEADROOM, ASSISTED_HEADROOM
         capacity = max(1, min(max_cache_length, longest))
         model_kwargs["past_key_values"] = SparseTransformerCache(self.config, capacity, headroom)
+
+
+def _check_one_of(
+    cache: SparseTransformerCache | None,
+    memory: SegmentMemory | None,
+    documents: Documents | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> None:
+    """What a sequence follows, or lies beside, is one thing."""
+    given = {"past_key_values": cache, "memory": memory, "packed documents": documents}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ArgumentError(f"{' and '.join(names)} together: a call takes one of them; leave the others out")
+    if attention_mask is not None and (memory is not None or documents is not None):
+        raise ArgumentError(
+            f"attention_mask with {names[0]}: all tokens are real there; leave it out; pad a text's last segment on "
+            "the right, with the label -100"
+        )
+    if position_ids is not None and memory is not None:
+        raise ArgumentError("position_ids with memory: a memory knows where its rows stand; leave them out")

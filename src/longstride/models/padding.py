@@ -3,7 +3,7 @@
 A pattern counts positions, so a row that begins with padding would be cut at the wrong phase. Each row is therefore
 rolled left until its first real token stands at position 0; all padding then lies on the right, where no causal
 pattern looks, and the result is rolled back. Patterns that look ahead are told besides how many tokens are real
-(`longstride.nn.attend_real`).
+(`longstride.nn.real_documents`).
 """
 
 import torch
@@ -120,8 +120,9 @@ def check_positions(
         agree = (shift.roll(position_ids.expand(batch, length)) == counted) | ~shift.real
     _check(
         agree.all(),
-        "position_ids must count 0, 1, 2, ... from each row's first real token, because patterns do: leave them out, "
-        "and give packed sequences a row each",
+        "position_ids must count 0, 1, 2, ... from each row's first real token, because patterns do, or from 0 again "
+        "in each packed document of a row without padding; leave them out, and say boundaries to a compiler by "
+        "cu_seq_lens_q",
     )
 
 

@@ -57,7 +57,6 @@ def recompute_in_backward(model: SparseTransformerPreTrainedModel, what: str) ->
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if what == "all_but_attention":
-        # The second is what padded rows of an encoder go through.
         kept = [torch.ops.longstride.attention.default, torch.ops.longstride.attention_varlen.default]
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(options)

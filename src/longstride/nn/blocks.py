@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from longstride.nn.self_attention import KeysValues
+
 
 class PreNormBlock(nn.Module):
     """A residual block whose branches begin with a norm, of the kind that a subclass names; [B, T, d] to [B, T, d].
@@ -43,10 +45,16 @@ class PreNormBlock(nn.Module):
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden: Tensor, **for_attention: Any) -> Tensor:
-        """The block; what else is given goes to the attention: its cache, the rotation of the positions."""
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), **for_attention))
-        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+    def forward(self, hidden: Tensor, **for_attention: Any) -> Tensor | tuple[Tensor, KeysValues]:
+        """The block; what else is given goes to the attention: its cache, the rotation of the positions.
+
+        With ``earlier`` segments, the attention's keys and values come out beside the block's output.
+        """
+        attended = self.attention(self.attention_norm(hidden), **for_attention)
+        attended, carried = attended if isinstance(attended, tuple) else (attended, None)
+        hidden = hidden + self.dropout(attended)
+        hidden = hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+        return hidden if carried is None else (hidden, carried)
 
 
 class ResidualBlock(PreNormBlock):

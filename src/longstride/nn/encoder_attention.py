@@ -2,7 +2,7 @@
 
 A causal layer never reaches padding that stands on the right; one that looks ahead does. So a padded row is taken for
 two packed documents, its real tokens and its padding, and neither sees the other: shapes stay as they are, whatever
-the mask says, and nothing is read back from the device.
+the mask says, and nothing is read back from the device. What stands at padding means nothing, but is finite.
 """
 
 from typing import Any
@@ -11,40 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from longstride.attention import attention
-from longstride.attention_varlen import attention_varlen
+from longstride.errors import UnsupportedError
 from longstride.nn.global_projections import GlobalProjections
 from longstride.nn.rotary import Rotation, rotate
-from longstride.nn.self_attention import PatternAttention
+from longstride.nn.self_attention import Documents, PatternAttention
 from longstride.patterns import Pattern
 
 
-def attend_real(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, counts: Tensor | None, backend: str | None = None
-) -> Tensor:
-    """`longstride.attention` of every row's first ``counts[row]`` tokens, as if the row had no others.
+def real_documents(counts: Tensor, length: int) -> Documents:
+    """Every row as two documents: its first ``counts[row]`` tokens, which are real, and the others, which are padding.
+
+    >>> real_documents(torch.tensor([3, 5]), 5).cu_seqlens.tolist()
+    [0, 3, 5, 10, 10]
 
     Args:
-        q, k, v: float[batch, heads, length, head_dim].
-        pattern: which pairs attend.
-        counts: int64[batch], from 0 to length; None where all tokens are real.
-        backend: by name; None takes the fastest.
-
-    Returns:
-        float[batch, heads, length, v_head_dim]; what stands behind a row's real tokens means nothing, but is finite.
+        counts: int64[batch], from 0 to length.
+        length: tokens of a row, padding included.
     """
-    if counts is None:
-        attended = attention(q, k, v, pattern, backend=backend)
-        assert isinstance(attended, Tensor)  # a pair comes with return_lse alone
-        return attended
-    batch, _, length, _ = q.shape
-    starts = length * torch.arange(batch + 1, device=q.device)
-    ends = starts[:-1] + counts.to(q.device)
-    documents = torch.cat((torch.stack((starts[:-1], ends), dim=1).flatten(), starts[-1:]))
-    packed = attention_varlen(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), documents, pattern, backend=backend, max_seqlen=length
-    )
-    assert isinstance(packed, Tensor)
-    return packed.unflatten(0, (batch, length)).transpose(1, 2)
+    starts = length * torch.arange(len(counts) + 1, device=counts.device)
+    bounds = torch.stack((starts[:-1], starts[:-1] + counts), dim=1).flatten()
+    return Documents(torch.cat((bounds, starts[-1:])), length)
 
 
 class EncoderSelfAttention(PatternAttention):
@@ -61,18 +47,38 @@ class EncoderSelfAttention(PatternAttention):
         super().__init__(pattern, **options)
         self.global_projections = global_projections
 
-    def forward(self, hidden: Tensor, counts: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
-        """Attend within each row's real tokens.
+    def forward(
+        self,
+        hidden: Tensor,
+        counts: Tensor | None = None,
+        documents: Documents | None = None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """Attend within each row's real tokens, or within each document.
 
         Args:
             hidden: float[batch, length, hidden_size].
             counts: int64[batch]: how many of a row's tokens are real, the first ones; None where all are.
-            rotation: of the positions 0, 1, 2, ... of a row, for a layer that turns queries and keys by them.
+            documents: where documents begin that do not see one another, in rows without padding.
+            rotation: of the tokens' positions, for a layer that turns queries and keys by them.
+
+        Raises:
+            UnsupportedError: documents where global tokens have projections of their own.
         """
+        own = self.global_projections
+        if own is not None and documents is not None:
+            raise UnsupportedError(
+                "packed documents with global_projections='separate': the projections of global tokens read whole "
+                "rows; give each document a row of its own, padded, with an attention_mask"
+            )
         q, k, v = self.project(hidden)
         q, k = self.place(q, k, rotation)
-        attended = attend_real(q, k, v, self.pattern, counts, self.backend)
-        own = self.global_projections
+        if counts is not None:
+            documents = real_documents(counts, hidden.shape[1])
+        if documents is None:
+            attended = attention(q, k, v, self.pattern, backend=self.backend)
+        else:
+            attended = self._attend_within(documents, q, k, v)
         if own is not None:
             index = own.index(hidden.shape[1], hidden.device)
             q, k, v = own(hidden, index)

@@ -1,11 +1,13 @@
 """Rotary positions, and self-attention whose queries and keys are normalised and then rotated by them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from longstride.cache import PatternCache
 from longstride.errors import ArgumentError
-from longstride.nn.self_attention import PatternAttention
+from longstride.nn.self_attention import KeysValues, PatternAttention
 from longstride.patterns import Pattern
 
 #: cos and sin of every position's angles: float32 [length, head_dim / 2], or [batch, length, head_dim / 2].
@@ -99,9 +101,8 @@ class RotarySelfAttention(PatternAttention):
         hidden: Tensor,
         rotation: Rotation,
         cache: PatternCache | None = None,
-        layer: int = 0,
-        counts: Tensor | None = None,
-    ) -> Tensor:
+        **beside: Any,
+    ) -> Tensor | tuple[Tensor, KeysValues]:
         """As `SelfAttention.forward`; ``rotation`` is that of the positions of ``hidden``."""
         q, k, v = self.project(hidden)
         q, k = (
@@ -109,4 +110,4 @@ class RotarySelfAttention(PatternAttention):
             rotate(norm(x.to(norm.weight.dtype)), rotation).to(v.dtype)
             for norm, x in ((self.q_norm, q), (self.k_norm, k))
         )
-        return self.attend(q, k, v, cache, layer, counts)
+        return self.attend(q, k, v, cache=cache, **beside)

@@ -1,13 +1,53 @@
-"""Multi-head self-attention along a pattern."""
+"""Multi-head self-attention along a pattern: within a sequence, or also with what came before it or beside it.
 
+What a layer attends to besides its own tokens is one of three things, and the other two are then left out: a cache of
+earlier tokens (generation), the keys and values of earlier segments (`Earlier`, training by segments), or nothing, in
+rows that hold several documents (`Documents`, packed training).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from longstride.attention import BACKENDS, attention
 from longstride.attention_cached import attention_cached
+from longstride.attention_varlen import attention_varlen
 from longstride.cache import PatternCache
 from longstride.errors import ArgumentError
 from longstride.nn.initialization import ResidualProjection
 from longstride.patterns import Pattern
+
+#: A layer's keys [batch, num_heads, length, head_dim] and values [batch, num_heads, length, v_head_dim].
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Earlier(NamedTuple):
+    """What a layer reads of the segments before the present one; without gradients.
+
+    Args:
+        keys_values: of the tokens right before the segment; None at the beginning of a text. The pattern counts from
+            the first of them, so it must repeat there (`Pattern.repeats_every`).
+        lengths: int64[batch]: how many of these tokens each row has, the last ones, where rows began at different
+            times; None where all have all.
+    """
+
+    keys_values: KeysValues | None = None
+    lengths: Tensor | None = None
+
+
+class Documents(NamedTuple):
+    """Documents that lie one after another in the rows of a batch, which are read as one row.
+
+    Args:
+        cu_seqlens: int32 or int64[documents + 1], as `longstride.attention_varlen` takes it: document n is the tokens
+            cu_seqlens[n] to cu_seqlens[n + 1] - 1 of the flattened batch.
+        max_seqlen: the tokens of the longest, or more.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
 
 
 class PatternAttention(nn.Module):
@@ -27,7 +67,7 @@ class PatternAttention(nn.Module):
     Raises:
         ArgumentError: num_heads does not divide a width, or the backend's name is unknown.
 
-    Source: Child et al. 2019, section 4.1; section 6 for the half-size queries and keys.
+    Source: Child et al. 2019, sections 4.2 and 5.1; section 6 for the half-size queries and keys.
     """
 
     def __init__(
@@ -69,15 +109,67 @@ class PatternAttention(nn.Module):
         return q, k, v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: PatternCache | None, layer: int, counts: Tensor | None
-    ) -> Tensor:
-        """The layer's output float[batch, length, hidden_size] of projected tokens; the rest is `forward`'s."""
-        if cache is None:
-            attended = attention(q, k, v, self.pattern, backend=self.backend)
-        else:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cache: PatternCache | None = None,
+        layer: int = 0,
+        counts: Tensor | None = None,
+        earlier: Earlier | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor | tuple[Tensor, KeysValues]:
+        """The layer's output of projected tokens.
+
+        Args:
+            q, k, v: as `project` gives them.
+            cache: what is kept of earlier tokens; it takes the new ones. The caller ends the step with its `advance`.
+            layer: which of the cache's layers this is.
+            counts: int64[batch]: with a cache, how many of each row's tokens there are, the first ones.
+            earlier: keys and values of earlier segments, which are read too.
+            documents: where documents begin that do not see one another.
+
+        Returns:
+            float[batch, length, hidden_size]; with ``earlier`` also the segment's own keys and values, detached, for
+            the segments after it.
+        """
+        if cache is not None:
             attended = attention_cached(q, k, v, self.pattern, cache, layer=layer, counts=counts, backend=self.backend)
-        assert isinstance(attended, Tensor)  # a pair comes with return_lse alone
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        elif earlier is not None:
+            attended = self._attend_after(earlier, q, k, v)
+        elif documents is not None:
+            attended = self._attend_within(documents, q, k, v)
+        else:
+            attended = attention(q, k, v, self.pattern, backend=self.backend)
+        out = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return out if earlier is None else (out, (k.detach(), v.detach()))
+
+    def _attend_after(self, earlier: Earlier, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The segment's queries over the earlier keys and its own, [batch, num_heads, length, v_head_dim]."""
+        if earlier.keys_values is None:
+            return attention(q, k, v, self.pattern, backend=self.backend)
+        keys, values = earlier.keys_values
+        held = keys.shape[2]
+        k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+        if earlier.lengths is None:
+            return attention(q, k, v, self.pattern, backend=self.backend)
+        # The queries are the last of the positions of one length, which these rows do not have. They go as packed
+        # documents: of each row, what is not its own, and all that is, with queries for the earlier tokens as well.
+        batch, _, total, _ = k.shape
+        begins = torch.arange(batch, device=k.device) * total
+        offsets = torch.stack((begins, begins + held - earlier.lengths), 1).flatten()
+        documents = Documents(pad(offsets, (0, 1), value=batch * total).to(torch.int32), total)
+        return self._attend_within(documents, pad(q, (0, 0, held, 0)), k, v)[:, :, held:]
+
+    def _attend_within(self, documents: Documents, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each document by itself, [batch, num_heads, length, v_head_dim]."""
+        batch, _, length, _ = q.shape
+        flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [batch * length, num_heads, head_dim]
+        attended = attention_varlen(
+            *flat, documents.cu_seqlens, self.pattern, backend=self.backend, max_seqlen=documents.max_seqlen
+        )
+        return attended.unflatten(0, (batch, length)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         backend = "automatic" if self.backend is None else self.backend
@@ -87,18 +179,11 @@ class PatternAttention(nn.Module):
 class SelfAttention(PatternAttention):
     """W_p attend(x, pattern): project to heads, attend along the pattern, project back; [B, T, d] to [B, T, d].
 
-    Source: Child et al. 2019, section 4.1.
+    Source: Child et al. 2019, section 5.1, equation 5.
     """
 
     def forward(
-        self, hidden: Tensor, cache: PatternCache | None = None, layer: int = 0, counts: Tensor | None = None
-    ) -> Tensor:
-        """Attend within [B, T, d], or with a cache also to the tokens that it was given before.
-
-        Args:
-            hidden: float[batch, length, hidden_size].
-            cache: what is kept of earlier tokens; it takes the new ones. The caller ends the step with its `advance`.
-            layer: which of the cache's layers this is.
-            counts: int64[batch]: with a cache, how many of each row's tokens there are, the first ones.
-        """
-        return self.attend(*self.project(hidden), cache, layer, counts)
+        self, hidden: Tensor, cache: PatternCache | None = None, **beside: Any
+    ) -> Tensor | tuple[Tensor, KeysValues]:
+        """Attend within [B, T, d], and to what else is given as `attend` takes it."""
+        return self.attend(*self.project(hidden), cache=cache, **beside)

@@ -45,6 +45,10 @@ class _Joined(Pattern):
     def bind(self, kv_len: int) -> Pattern:
         return type(self)(tuple(member.bind(kv_len) for member in self.patterns))
 
+    @property
+    def repeats_every(self) -> int | None:
+        return _common(self.patterns)
+
     def _retained(self, next_position: int) -> list[torch.Tensor]:
         # A row for every head where heads differ; members with fewer rows serve equal groups.
         kept, heads = [member.retained(next_position) for member in self.patterns], self.num_heads or 1
@@ -142,6 +146,10 @@ class PerHead(Pattern):
     def is_causal(self) -> bool:
         return all(member.is_causal for member in self.patterns)
 
+    @property
+    def repeats_every(self) -> int | None:
+        return _common(self.patterns)
+
     def retained(self, next_position: int) -> torch.Tensor:
         """bool [len(patterns), next_position]: a row for every pattern."""
         return torch.stack([member.retained(next_position) for member in self.patterns])
@@ -180,3 +188,9 @@ def per_head(*patterns: Pattern) -> PerHead:
         patterns: as many as heads, or fewer: each then serves an equal group of neighbouring heads.
     """
     return PerHead(patterns)
+
+
+def _common(patterns: tuple[Pattern, ...]) -> int | None:
+    """The least shift that changes none of the patterns, if each has one."""
+    shifts = [pattern.repeats_every for pattern in patterns]
+    return math.lcm(*shifts) if all(shifts) else None  # ty: ignore[invalid-argument-type]

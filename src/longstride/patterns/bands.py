@@ -25,6 +25,10 @@ class _Banded(Pattern):
         least = self.band().least
         return least is not None and least >= 0
 
+    @property
+    def repeats_every(self) -> int:
+        return 1
+
     def retained(self, next_position: int) -> torch.Tensor:
         band, j = self.band(), cached(next_position)
         # The first present or future query in j's residue class is the nearest that can read it.
@@ -213,6 +217,10 @@ class LogSparse(Pattern):
     @property
     def is_causal(self) -> bool:
         return self.causal
+
+    @property
+    def repeats_every(self) -> int:
+        return 1
 
     def terms(self) -> tuple[Term, ...]:
         return (Term.of(Powers(self.base), CAUSAL) if self.causal else Term.of(Powers(self.base)),)

@@ -77,6 +77,19 @@ class Pattern:
         """
         return not bool(self.mask(512).triu(1).any())
 
+    @property
+    def repeats_every(self) -> int | None:
+        """A shift that changes nothing: ``allows(i + n, j + n) == allows(i, j)`` for all positions and this n, if any.
+
+        It is where a memory of earlier tokens may begin: counting from there, the pattern is the same. None where no
+        such shift is known, as for a subclass that does not say, and for patterns that name positions once and for all.
+
+        >>> import longstride as ls
+        >>> (ls.Local(8) | ls.Fixed(16, 4)).repeats_every, ls.Global(2).repeats_every
+        (16, None)
+        """
+        return None
+
     def retained(self, next_position: int) -> torch.Tensor:
         """Which of the cached keys 0 .. next_position - 1 some query at or after `next_position` may still read.
 

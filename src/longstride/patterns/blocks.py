@@ -50,6 +50,10 @@ class BlockLocal(Pattern):
     def is_causal(self) -> bool:
         return self.causal or self.block == 1
 
+    @property
+    def repeats_every(self) -> int:
+        return self.block
+
     def retained(self, next_position: int) -> torch.Tensor:
         return cached(next_position) // self.block == next_position // self.block
 
@@ -105,6 +109,10 @@ class Summary(Pattern):
     def is_causal(self) -> bool:
         return True
 
+    @property
+    def repeats_every(self) -> int:
+        return self.block
+
     def retained(self, next_position: int) -> torch.Tensor:
         j = cached(next_position)
         return self._group().allows(j, j)
@@ -159,6 +167,10 @@ class Fixed(Pattern):
     @property
     def is_causal(self) -> bool:
         return True
+
+    @property
+    def repeats_every(self) -> int:
+        return self.block
 
     def retained(self, next_position: int) -> torch.Tensor:
         own, earlier = self._members()

@@ -10,6 +10,7 @@ from longstride.training.classification_evaluation import (
 from longstride.training.classification_recipe import ClassificationRecipe, read_classification_recipe
 from longstride.training.curve import read_curve
 from longstride.training.evaluation import Evaluation, evaluate
+from longstride.training.evaluation_as_trained import evaluate_as_trained
 from longstride.training.folder import RunFolder
 from longstride.training.kinds import kind_of
 from longstride.training.pieces import VOCAB_SIZE
@@ -30,6 +31,7 @@ __all__ = [
     "classifier_config",
     "document_log_probabilities",
     "evaluate",
+    "evaluate_as_trained",
     "evaluate_classifier",
     "kind_of",
     "latest_sound",

@@ -9,8 +9,9 @@ stand side by side instead, as in training, and all tokens of each count but the
 import lzma
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,6 @@ def spans(total: int, context: int, min_context: int) -> Iterator[Span]:
         predicted = start + length + 1
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     data: np.ndarray,
@@ -119,13 +119,7 @@ def evaluate(
         ArgumentError: a minimum that the model cannot have.
         DataError: no byte of the text has so much context.
     """
-    if not 1 <= min_context <= context:
-        raise ArgumentError(f"--min-context {min_context}: it must be from 1 to the model's context, {context}")
-    if len(data) <= min_context:
-        raise DataError(
-            f"{len(data):,} bytes are too few to evaluate: no byte has {min_context:,} others before it; give more "
-            "data or a smaller --min-context"
-        )
+    check_min_context(data, context, min_context)
     if record > 1 and min_context != 1:
         raise ArgumentError(
             f"--min-context {min_context}: windows that begin at records of {record:,} tokens stand side by side, so "
@@ -133,39 +127,86 @@ def evaluate(
         )
     if record > 1 and len(data) < context:
         raise DataError(f"{len(data):,} tokens are too few to evaluate: a window has {context:,}; give more data")
+    windows = list(spans(len(data), context, min_context) if record == 1 else record_spans(len(data), context, record))
+
+    def batches() -> Iterator[Batch]:
+        for first in range(0, len(windows), batch_size):
+            batch = windows[first : first + batch_size]
+            # [batch, length + 1]; all windows are equally long.
+            read = np.stack([data[span.start : span.start + span.length + 1] for span in batch]).astype(np.int64)
+            tokens = torch.from_numpy(read)
+            targets = tokens[:, 1:].clone()
+            for row, span in enumerate(batch):
+                targets[row, : span.first] = -100
+            yield {"input_ids": tokens[:, :-1]}, targets
+
+    # The compressors get the first token of each record, too.
+    counted_data = np.asarray(data[min_context:] if record == 1 else data[: windows[-1].start + context])
+    looks_back = (min_context, windows[0].length)
+    number = -(-len(windows) // batch_size)
+    result = measured(model, batches(), number, counted_data, looks_back=looks_back, progress=progress, unit=unit)
+    assert result.counted_bytes == (len(counted_data) if record == 1 else len(windows) * (context - 1))
+    return result
+
+
+#: What a model is called with, and what its predictions are held against: int64[batch, length], -100 where they do not
+#: count.
+Batch = tuple[dict[str, Any], torch.Tensor]
+
+
+@torch.no_grad()
+def measured(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    number: int,
+    counted_data: np.ndarray,
+    *,
+    looks_back: tuple[int, int],
+    progress: bool,
+    unit: str,
+) -> Evaluation:
+    """Run the model over ``number`` batches.
+
+    Args:
+        counted_data: the tokens that the compressors get.
+        looks_back: the fewest and the most tokens before a prediction.
+        progress, unit: as in `evaluate`.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     began = time.monotonic()
-    windows = list(spans(len(data), context, min_context) if record == 1 else record_spans(len(data), context, record))
     nats, counted = 0.0, 0
-    batches = range(0, len(windows), batch_size)
-    for first in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None if progress else True):
-        batch = windows[first : first + batch_size]
-        # [batch, length + 1]; all windows are equally long.
-        read = np.stack([data[span.start : span.start + span.length + 1] for span in batch]).astype(np.int64)
-        tokens = torch.from_numpy(read).to(device)
-        logits = model(input_ids=tokens[:, :-1]).logits.float()
-        losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-        position = torch.arange(losses.shape[1], device=device)
-        counts = position >= torch.tensor([span.first for span in batch], device=device)[:, None]
-        nats += losses[counts].double().sum().item()
-        counted += int(counts.sum())
+    for given, targets in tqdm(
+        batches, total=number, desc="evaluating", unit="batch", leave=False, disable=None if progress else True
+    ):
+        inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+        logits = model(**inputs).logits.float()
+        losses = F.cross_entropy(logits.transpose(1, 2), targets.to(device), reduction="none")  # 0 at -100
+        nats += losses.double().sum().item()
+        counted += int((targets != -100).sum())
     model.train(was_training)
-    elapsed_s = time.monotonic() - began
-    # The compressors get the first token of each record, too.
-    counted_data = np.asarray(data[min_context:] if record == 1 else data[: windows[-1].start + context])
-    assert counted == (len(counted_data) if record == 1 else len(windows) * (context - 1))
     return Evaluation(
         bits_per_byte=nats / counted / math.log(2),
         counted_bytes=counted,
-        min_context=min_context,
-        max_context=min(context, len(data) - 1) if record == 1 else context - 1,
+        min_context=looks_back[0],
+        max_context=looks_back[1],
         order0_bits_per_byte=order0_entropy(counted_data),
         xz_bits_per_byte=xz_bits_per_byte(counted_data),
-        elapsed_s=elapsed_s,
+        elapsed_s=time.monotonic() - began,
         unit=unit,
     )
+
+
+def check_min_context(data: np.ndarray, context: int, min_context: int) -> None:
+    """Raise unless some token of the data has so many others before it, and the model can look back over them."""
+    if not 1 <= min_context <= context:
+        raise ArgumentError(f"--min-context {min_context}: it must be from 1 to the model's context, {context}")
+    if len(data) <= min_context:
+        raise DataError(
+            f"{len(data):,} bytes are too few to evaluate: no byte has {min_context:,} others before it; give more "
+            "data or a smaller --min-context"
+        )
 
 
 def order0_entropy(data: np.ndarray) -> float:

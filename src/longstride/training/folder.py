@@ -59,6 +59,11 @@ class RunFolder:
     def patterns_picture(self) -> Path:
         return self.path / "patterns.png"
 
+    @property
+    def packs_documents(self) -> bool:
+        """Whether the run's model was trained on documents that do not see one another; not where no recipe says so."""
+        return self.recipe.is_file() and self.started_with().data.documents == "packed"
+
     def start(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe.
 

@@ -31,6 +31,21 @@ def vocab_size(recipe: "Recipe") -> int:
     return 256 if kind is None else kind.vocab_size
 
 
+def longest_sequence(recipe: "Recipe") -> int:
+    """The tokens that the model of a recipe sees at once: a window, and behind it what its memory has.
+
+    Raises:
+        RecipeError: a memory of data whose windows are whole records, such as images.
+    """
+    kind = kind_of(recipe)
+    if recipe.model.memory and kind is not None and kind.record > 1:
+        raise RecipeError(
+            f"model.memory is {recipe.model.memory} with data.kind {kind.name}: windows of it begin with a record of "
+            f"{kind.record} tokens and do not go on from one another; leave it at 0"
+        )
+    return recipe.data.context + recipe.model.memory
+
+
 def position_axes(recipe: "Recipe") -> list[int] | None:
     """The model's position axes: the recipe's, or else those of the data; None to take them from the pattern.
 

@@ -27,6 +27,9 @@ class DataRecipe:
         path: a file or folder; None for the source of Python's standard library on this machine.
         kind: how it is read, one of `longstride.data.KINDS`; None to guess from the names of its files.
         context: tokens (of bytes: bytes) in a training window, and the most that the model can look back over.
+        documents: ``joined`` to let windows run through the ends of documents (files, pieces, recordings) as if there
+            were none; ``packed`` to keep documents apart that lie in one window: none sees another, and positions,
+            strides and blocks count from each one's beginning. With a memory, each is read in segments of its own.
         on_corrupt: ``skip`` to leave corrupt files out and count them, ``stop`` to stop at the first.
         sample_rate_hz: of audio: the rate that recordings are resampled to.
         step_ms: of piano rolls: how long a step lasts.
@@ -36,6 +39,7 @@ class DataRecipe:
     path: str | None = None
     kind: str | None = None
     context: int = 512
+    documents: str = "joined"
     on_corrupt: str = "skip"
     sample_rate_hz: int = 16_000
     step_ms: int = 100
@@ -50,6 +54,8 @@ class ModelRecipe:
     Args:
         patterns: pattern texts, cycled over the layers.
         block: ``sparse_transformer``, the paper's, or ``modern``.
+        memory: tokens of earlier windows that a layer may read, for which windows follow one another in every row of
+            the batch (Dai et al. 2019); 0 for windows drawn at random. It needs ``modern`` blocks.
         intermediate_size: width of the feed-forward network; None for 4 * hidden_size, in the modern block 8/3 of it.
         qk_hidden_size: width of queries and keys, all heads together; None for hidden_size.
         position_axes: sizes of the position embeddings' axes, slowest first, such as (32, 32, 3) for an image's rows,
@@ -64,6 +70,7 @@ class ModelRecipe:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     block: str = "sparse_transformer"
+    memory: int = 0
     intermediate_size: int | None = None
     qk_hidden_size: int | None = None
     position_axes: tuple[int, ...] | None = None
@@ -75,7 +82,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW, with gradients clipped to a norm. The defaults but for the learning rate are those of the paper, sec. 7.
+    """AdamW, with gradients clipped to a norm. Decay and norm are those of the paper, sec. 6; it names no betas.
 
     Args:
         learning_rate: the peak, reached at the end of the warm-up.
@@ -168,6 +175,7 @@ class SampleRecipe:
 
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+DOCUMENTS = ("joined", "packed")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 CHOICES = {
     "run.precision": PRECISIONS,
@@ -175,6 +183,7 @@ CHOICES = {
     "run.recompute": RECOMPUTE,
     "model.block": BLOCKS,
     "data.on_corrupt": ON_CORRUPT,
+    "data.documents": DOCUMENTS,
 }
 
 # What may differ when a run goes on: none of these changes the curve up to where the run stands.
@@ -203,7 +212,7 @@ class Recipe(Sections):
             "evaluation.min_context", "evaluation.max_bytes", "sample.top_k",
         )  # fmt: skip
         not_negative = (
-            "schedule.warmup_steps", "run.seed", "optimizer.weight_decay", "optimizer.max_grad_norm",
+            "model.memory", "schedule.warmup_steps", "run.seed", "optimizer.weight_decay", "optimizer.max_grad_norm",
             "sample.length_bytes", "sample.count", "sample.temperature", "run.time_limit_s",
         )  # fmt: skip
         for key, value in self.items():
@@ -231,6 +240,11 @@ class Recipe(Sections):
                 raise RecipeError(f"{key} is {self.value(key)!r}: it must be one of {', '.join(allowed)}")
         if self.data.kind is not None and self.data.kind not in KINDS:
             raise RecipeError(f"data.kind is {self.data.kind!r}: it must be one of {', '.join(KINDS)}, or null")
+        if self.data.documents == "packed" and self.data.kind == "bytes":
+            raise RecipeError(
+                "data.documents is packed with data.kind bytes, which keeps no boundaries: take data.kind documents, "
+                "where a file, or a line of a .jsonl file, is a document"
+            )
         if self.data.context < 2:
             raise RecipeError("data.context is 1: a byte needs at least one byte before it, so it must be at least 2")
         if self.min_context > self.data.context:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainingArguments, set_seed
 
-from longstride.data import EvenWindows, PreparedData, RandomWindows
+from longstride.data import PreparedData
 from longstride.errors import ArgumentError
 from longstride.models import (
     SparseTransformerConfig,
@@ -22,10 +22,11 @@ from longstride.models import (
     recompute_in_backward,
 )
 from longstride.training.arguments import trainer_arguments
+from longstride.training.batches import batches_of
 from longstride.training.checkpoints import latest_sound
 from longstride.training.curve import Curve
 from longstride.training.folder import RunFolder
-from longstride.training.kinds import position_axes, vocab_size
+from longstride.training.kinds import longest_sequence, position_axes, vocab_size
 from longstride.training.recipe import Recipe
 from longstride.training.trainer import ByteTrainer, Observer, stop_on_ctrl_c
 
@@ -76,14 +77,16 @@ def model_config(recipe: Recipe) -> SparseTransformerConfig:
     Raises:
         ArgumentError: values that do not fit together, such as heads that do not divide the width.
         RecipeError: values that do not fit the kind of the data.
-        UnsupportedError: the attention's outputs cannot be kept with the backend that the recipe names.
+        UnsupportedError: the attention's outputs cannot be kept with the backend that the recipe names; a memory
+            with patterns that do not repeat.
     """
     model = recipe.model
     check_recomputation(recipe.run.recompute, model.attention_backend)
     return SparseTransformerConfig(
         vocab_size=vocab_size(recipe),
         position_axes=position_axes(recipe),
-        max_position_embeddings=recipe.data.context,
+        max_position_embeddings=longest_sequence(recipe),
+        memory=model.memory,
         patterns=list(model.patterns),
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_hidden_layers,
@@ -132,8 +135,7 @@ def train(
     model = SparseTransformerForCausalLM(model_config(recipe))
     recompute_in_backward(model, recipe.run.recompute)
     schedule = recipe.schedule
-    windows = schedule.steps * schedule.batch_size * schedule.gradient_accumulation_steps
-    context = recipe.data.context
+    batches = batches_of(recipe, data)
     curve = Curve(folder.metrics, start)
     began = time.monotonic()
     with stop_on_ctrl_c() as interruption, _Progress(start, schedule.steps, data.unit, say) as progress:
@@ -150,16 +152,19 @@ def train(
             keep_checkpoints=recipe.run.keep_checkpoints,
             model=model,
             args=_training_arguments(recipe, folder, device),
-            train_dataset=RandomWindows(data.split("train"), context, windows, recipe.run.seed, data.record),
-            eval_dataset=EvenWindows(data.split("validation"), context, recipe.run.validation_windows, data.record),
+            train_dataset=batches.train,
+            eval_dataset=batches.validation,
+            data_collator=batches.collate,
             callbacks=[observer],
         )
         observer.trainer = trainer
+        if checkpoint is not None:
+            trainer.restore_memory(checkpoint.folder)
         with compiled_blocks(model) if recipe.run.compile else nullcontext():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     curve.flush()
     step = trainer.state.global_step
-    trained_bytes = (step - start) * schedule.batch_size * schedule.gradient_accumulation_steps * context
+    trained_bytes = (step - start) * schedule.batch_size * schedule.gradient_accumulation_steps * recipe.data.context
     ended = "finished" if step >= schedule.steps else "interrupted" if interruption.requested else "time limit"
     return TrainingResult(model, step, ended, trained_bytes / (time.monotonic() - began))
 

@@ -20,28 +20,47 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from longstride.data import written_whole
 from longstride.errors import CheckpointError
+from longstride.models import SegmentMemory, SparseTransformerForCausalLM
 from longstride.training.checkpoints import list_checkpoints, prune, seal
 from longstride.training.curve import Curve, bits
+
+#: What a checkpoint holds of a model with a memory, beside Trainer's files.
+MEMORY = "memory.pt"
 
 
 class ByteTrainer(Trainer):
     """Trainer with windows in order, a curve, and atomic checkpoints.
 
+    A model with a memory is given it with every batch, and the batch says which rows begin anew (`Segments`).
+    Validation has a memory of its own; that of the training is saved with the checkpoints.
+
     Args:
+        model: what is trained.
         curve: receives the loss of every step.
         checkpoints: the folder of the checkpoints, which is the ``output_dir`` of the arguments.
         keep_checkpoints: how many of the newest are kept.
         options: the arguments of Trainer.
     """
 
-    def __init__(self, *, curve: Curve, checkpoints: Path, keep_checkpoints: int, **options: Any) -> None:
-        super().__init__(**options)
-        # All windows are equally long, so the mean over batches is the mean over bytes; and a model that takes
-        # keyword arguments without using num_items_in_batch would otherwise sum over accumulated batches.
+    def __init__(
+        self,
+        *,
+        model: SparseTransformerForCausalLM,
+        curve: Curve,
+        checkpoints: Path,
+        keep_checkpoints: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(model=model, **options)
+        # All windows are equally long, so the mean over batches is the mean over bytes, but for the few places of
+        # documents that do not count; and a model that takes keyword arguments without using num_items_in_batch would
+        # otherwise sum over accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.curve = curve
         self.keep_checkpoints = keep_checkpoints
         self.step_loss: torch.Tensor | None = None
+        self.memory = SegmentMemory(model.config) if model.config.memory else None
+        self.validation_memory = SegmentMemory(model.config) if model.config.memory else None
         self.remove_callback(PrinterCallback)
         self.checkpoints = checkpoints
         self._run_dir = checkpoints
@@ -51,6 +70,20 @@ class ByteTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         self.step_loss = loss if self.step_loss is None else self.step_loss + loss
         return loss
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch, whose rows go on from what the memory has of them."""
+        memory = self.memory if model.training else self.validation_memory
+        if memory is not None:
+            memory.reset(inputs.pop("starts"))
+            inputs["memory"] = memory
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def restore_memory(self, checkpoint: Path) -> None:
+        """Go on with the memory of a checkpoint, if the model has one."""
+        if self.memory is not None:
+            state = torch.load(checkpoint / MEMORY, map_location="cpu", weights_only=True)
+            self.memory.load_state_dict(state, self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds bits per byte to what the trackers see."""
@@ -72,6 +105,8 @@ class ByteTrainer(Trainer):
                 self._run_dir = unfinished
                 super()._save_checkpoint(model, trial)
                 written = unfinished / f"checkpoint-{step}"
+                if self.memory is not None:
+                    torch.save(self.memory.state_dict(), written / MEMORY)
                 for file in written.iterdir():
                     file.rename(unfinished / file.name)
                 written.rmdir()
