@@ -62,6 +62,7 @@ gpu-sanitize:
 gpu-bench:
 	PYTHONPATH=src TORCHINDUCTOR_COMPILE_THREADS=1 python3 benchmarks/attention_gpu.py
 	PYTHONPATH=src TORCHINDUCTOR_COMPILE_THREADS=1 python3 benchmarks/decode_gpu.py
+	PYTHONPATH=src TORCHINDUCTOR_COMPILE_THREADS=1 python3 benchmarks/encoders.py --device cuda --rounds 20
 	PYTHONPATH=src TORCHINDUCTOR_COMPILE_THREADS=1 python3 benchmarks/training.py
 
 clean:

@@ -34,7 +34,12 @@ FUNCTIONS = (
     "PatternCache",
     "sparsify",
 )
-MODELS = ("SparseTransformerConfig", "SparseTransformerForCausalLM")
+MODELS = (
+    "SparseTransformerConfig",
+    "SparseTransformerForCausalLM",
+    "SparseTransformerForMaskedLM",
+    "SparseTransformerForSequenceClassification",
+)
 ERRORS = (
     "LongstrideError",
     "PatternError",

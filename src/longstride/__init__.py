@@ -48,7 +48,12 @@ from longstride.plan import plan
 
 if TYPE_CHECKING:
     from longstride.integrations.transformers import sparsify
-    from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
+    from longstride.models import (
+        SparseTransformerConfig,
+        SparseTransformerForCausalLM,
+        SparseTransformerForMaskedLM,
+        SparseTransformerForSequenceClassification,
+    )
 
 __all__ = [
     "ArgumentError",
@@ -71,6 +76,8 @@ __all__ = [
     "RecipeError",
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
+    "SparseTransformerForMaskedLM",
+    "SparseTransformerForSequenceClassification",
     "Strided",
     "Summary",
     "UnsupportedError",
@@ -100,6 +107,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "SparseTransformerConfig": "longstride.models",
     "SparseTransformerForCausalLM": "longstride.models",
+    "SparseTransformerForMaskedLM": "longstride.models",
+    "SparseTransformerForSequenceClassification": "longstride.models",
     "sparsify": "longstride.integrations.transformers",
 }
 

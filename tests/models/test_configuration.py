@@ -91,6 +91,7 @@ def test_a_table_a_head():
         ({"dropout": 1.0}, "dropout=1.0: it must be a number from 0 up to, but not including, 1"),
         ({"dropout": "0.1"}, "dropout='0.1'"),
         ({"layer_norm_eps": 0}, "layer_norm_eps=0: it must be a number greater than 0"),
+        ({"global_projections": "own"}, "global_projections='own': it must be one of 'shared', 'separate'"),
         ({"attention_backend": 3}, "attention_backend=3: give a backend's name"),
         ({"patterns": []}, "give at least one pattern text"),
         ({"patterns": None}, "give at least one pattern text"),
@@ -110,10 +111,12 @@ def test_illegal_values_are_named(changes, message):
     [
         ({"patterns": "Locale(8)"}, "Locale"),
         ({"patterns": "Local(0)"}, "at least 1"),
-        ({"patterns": ["Local(8)", "Full()"]}, r"Full\(\): this pattern lets a token attend to later ones"),
-        ({"patterns": "Local(8, lookahead=2)"}, "lookahead=2.* later ones"),
         ({"patterns": "per_head(Local(8), Local(8), Local(8))"}, "multiple of 3 heads"),
         ({"patterns": "RandomBlocks(8, 1, causal=False) & Causal()"}, "depends on the length of the sequence"),
+        (
+            {"patterns": ["Full()", "Local(8) | Global(1)"], "global_projections": "separate"},
+            r"Full\(\): separate global projections are those of global tokens",
+        ),
         ({"pattern_tables": {"t": ["10", "11"]}, "max_position_embeddings": 65}, "covers 64 positions, not 65"),
         ({"pattern_tables": {"t": ["10", "1"]}}, "equally long"),
         ({"pattern_tables": {"t": [[1, 2]]}}, "nested lists of 0 and 1"),

@@ -47,14 +47,16 @@ app = typer.Typer(
 
 def _add_commands() -> None:
     # Imported here: at the top, the function `train` would hide the module `longstride.cli.train`.
+    from longstride.cli.classify import classify
     from longstride.cli.evaluate import evaluate
+    from longstride.cli.finetune import finetune
     from longstride.cli.plan import plan
     from longstride.cli.sample import sample
     from longstride.cli.show import show
     from longstride.cli.suggest import suggest
     from longstride.cli.train import train
 
-    for command in (train, evaluate, sample, suggest, show, plan):
+    for command in (train, evaluate, sample, suggest, finetune, classify, show, plan):
         app.command()(command)
 
 

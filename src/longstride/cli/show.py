@@ -89,8 +89,9 @@ def _configuration(path: Path) -> "SparseTransformerConfig":
         return model_config(read_recipe(path))
     if (path / "recipe.yaml").is_file():
         return model_config(read_recipe(path / "recipe.yaml"))
-    if (path / "config.json").is_file():
-        return SparseTransformerConfig.from_pretrained(path)
+    for saved in (path, path / "model"):
+        if (saved / "config.json").is_file():
+            return SparseTransformerConfig.from_pretrained(saved)
     raise ArgumentError(f"{path}: neither a run (recipe.yaml) nor a saved model (config.json) is in this folder")
 
 

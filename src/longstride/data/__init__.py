@@ -5,6 +5,7 @@ from longstride.data.catalogue import KINDS, guess_kind, make_kind, restore_kind
 from longstride.data.decoded import ON_CORRUPT, DecodedSource, cache_folder, decode_source
 from longstride.data.folders import written_whole
 from longstride.data.kind import CorruptFileError, Kind
+from longstride.data.labelled import Labelled, LabelledSplits, read_labelled
 from longstride.data.prepared import PreparedData, prepare
 from longstride.data.segments import Segments
 from longstride.data.splits import SPLITS, assign_split, split_source
@@ -19,6 +20,8 @@ __all__ = [
     "DecodedSource",
     "EvenWindows",
     "Kind",
+    "Labelled",
+    "LabelledSplits",
     "PackedWindows",
     "PreparedData",
     "RandomWindows",
@@ -30,6 +33,7 @@ __all__ = [
     "make_kind",
     "open_source",
     "prepare",
+    "read_labelled",
     "restore_kind",
     "split_source",
     "standard_library",

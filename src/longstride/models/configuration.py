@@ -9,14 +9,15 @@ from transformers import PreTrainedConfig
 from longstride.errors import ArgumentError
 from longstride.models.memory import check_memory
 from longstride.models.schedule import pattern_stride, read_patterns, tables_to_json
-from longstride.nn import default_axes
+from longstride.nn import default_axes, global_tokens
 from longstride.patterns import Pattern
 
 BLOCKS = ("sparse_transformer", "modern")
+GLOBAL_PROJECTIONS = ("shared", "separate")
 
 
 class SparseTransformerConfig(PreTrainedConfig):
-    """What a :class:`SparseTransformerForCausalLM` is built from. The defaults are the paper's enwik8 model in size.
+    """What a Sparse Transformer is built from. The defaults are the paper's enwik8 model in size.
 
     The attention patterns are part of the configuration, as text, so a saved model comes back with them from a plain
     ``from_pretrained``; ``attn_implementation`` does not change them.
@@ -29,7 +30,9 @@ class SparseTransformerConfig(PreTrainedConfig):
         max_position_embeddings: longest sequence that is given at once, in tokens.
         patterns: pattern texts (or patterns), cycled over the layers; one text stands for a list of one.
             ``["Local(128)", "Strided(128)"]`` alternates, ``"Local(128) | Strided(128)"`` merges,
-            ``"per_head(Local(128), Strided(128))"`` splits the heads. All must be causal.
+            ``"per_head(Local(128), Strided(128))"`` splits the heads. All must be causal in a language model
+            (:class:`SparseTransformerForCausalLM`), and all must look ahead in an encoder
+            (:class:`SparseTransformerForMaskedLM`, :class:`SparseTransformerForSequenceClassification`).
         pattern_tables: the tables that BlockSparse patterns name, bool[(heads,) query blocks, key blocks], as tensors,
             nested lists or row texts; kept as row texts, ``{"table_0123456789ab": ["10", "11"]}``, named by their
             content. Patterns that are given as values bring theirs along.
@@ -42,6 +45,9 @@ class SparseTransformerConfig(PreTrainedConfig):
             columns and channels of an image; their product is at least max_position_embeddings. Unless given,
             (ceil(max_position_embeddings / stride), stride) with the patterns' first stride (or block). None in the
             modern block, which has no position embeddings.
+        global_projections: ``"shared"``: global tokens have the projections of all others; ``"separate"``, in encoders:
+            they read the sequence by queries, keys and values of their own, as Longformer's do
+            (`longstride.nn.GlobalProjections`), and every pattern must name some.
         memory: tokens of earlier segments that a layer may read, for a model that is trained and evaluated by segments
             (`SegmentMemory`); 0 for none. It needs the modern block: a learned position embedding says which place of
             a segment a token has, and the keys of earlier segments would say the same of other tokens.
@@ -61,8 +67,8 @@ class SparseTransformerConfig(PreTrainedConfig):
     Raises:
         ArgumentError: a value is out of range or does not fit another.
         UnsupportedError: a memory with patterns that do not repeat.
-        PatternError: a pattern text is not legal, looks ahead, does not split over the heads, or does not serve every
-            length up to max_position_embeddings.
+        PatternError: a pattern text is not legal, does not split over the heads, does not serve every length up to
+            max_position_embeddings, or names no global tokens although they have projections of their own.
 
     Source: Child, Gray, Radford, Sutskever 2019, sections 5 and 6.
     """
@@ -80,6 +86,7 @@ class SparseTransformerConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     qk_hidden_size: int | None = None
     position_axes: list[int] | None = None
+    global_projections: str = "shared"
     memory: int = 0
     rotary_base: float = 10000.0
     dropout: float = 0.0
@@ -143,7 +150,15 @@ class SparseTransformerConfig(PreTrainedConfig):
                 f"attention_backend={self.attention_backend!r}: give a backend's name, such as 'torch', or None to "
                 "choose automatically"
             )
+        if self.global_projections not in GLOBAL_PROJECTIONS:
+            raise ArgumentError(
+                f"global_projections={self.global_projections!r}: it must be one of "
+                f"{', '.join(map(repr, GLOBAL_PROJECTIONS))}"
+            )
         cycle = self._resolve_patterns()
+        if self.global_projections == "separate":
+            for pattern in cycle:
+                global_tokens(pattern)
         self._resolve_position_axes(cycle)
         if self.memory != 0:
             if self.block != "modern":

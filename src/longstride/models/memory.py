@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longstride.errors import ArgumentError, UnsupportedError
-from longstride.models.schedule import layer_patterns
+from longstride.models.schedule import check_causal, layer_patterns
 from longstride.nn import Earlier, KeysValues
 from longstride.patterns import Pattern
 
@@ -147,7 +147,9 @@ def check_memory(patterns: Sequence[Pattern], tokens: int) -> None:
 
     Raises:
         ArgumentError, UnsupportedError: as `SegmentMemory`.
+        PatternError: a pattern looks ahead, to where the memory does not reach.
     """
+    check_causal(patterns)
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ArgumentError(f"memory={tokens!r}: it must be a whole number of tokens, at least 1")
     for pattern in patterns:

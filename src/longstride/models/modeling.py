@@ -20,6 +20,7 @@ from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.memory import SegmentMemory
 from longstride.models.packing import document_positions, packed_documents
 from longstride.models.padding import ChunkShift, RowShift, check_positions
+from longstride.models.schedule import check_causal, layer_patterns
 from longstride.nn import (
     Documents,
     FactorizedPositions,
@@ -74,6 +75,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
     """Token and position embeddings, N residual blocks, a last norm: token ids to hidden states.
 
     With ``config.block == "modern"`` positions are not added to the tokens: they turn every block's queries and keys.
+    Patterns that look ahead make it an encoder, which has no cache.
 
     Source: Child et al. 2019, section 5.
     """
@@ -90,6 +92,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             assert config.position_axes is not None
             self.embed_positions = FactorizedPositions(config.position_axes, config.hidden_size)
         self.layers = build_blocks(config)
+        self.looks_ahead = not all(pattern.is_causal for pattern in layer_patterns(config))
         self.run_block: Callable[..., Tensor] = run_block
         self.norm = last_norm(config)
         self.post_init()
@@ -188,6 +191,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         if documents is not None:
             for_attention["documents"] = documents
             positions = document_positions(documents.cu_seqlens, batch * length).view(batch, length)
+        elif self.looks_ahead and shift is not None:
+            for_attention["counts"] = shift.counts()
         if self.config.block == "modern":
             for_attention["rotation"] = self.rotary_positions(positions)
         else:
@@ -274,6 +279,7 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
 
     def __init__(self, config: SparseTransformerConfig) -> None:
         super().__init__(config)
+        check_causal(layer_patterns(config))
         self.model = SparseTransformerModel(config)
         self.lm_head = LogitsProjection(config.hidden_size, config.vocab_size, bias=False)
         self.chunk_loss: Callable[..., Tensor] = chunk_loss

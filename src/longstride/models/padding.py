@@ -2,7 +2,8 @@
 
 A pattern counts positions, so a row that begins with padding would be cut at the wrong phase. Each row is therefore
 rolled left until its first real token stands at position 0; all padding then lies on the right, where no causal
-pattern looks, and the result is rolled back.
+pattern looks, and the result is rolled back. Patterns that look ahead are told besides how many tokens are real
+(`longstride.nn.real_documents`).
 """
 
 import torch
@@ -40,6 +41,13 @@ class RowShift:
             "attention_mask has padding between the real tokens of a row: real tokens must stand together; pad on the "
             "left to generate, on the left or the right to score",
         )
+
+    def counts(self) -> Tensor | None:
+        """int64[batch]: how many tokens of each row are real, the first ones once it is rolled; None where all are.
+
+        A compiled graph cannot ask whether all are, and gets the counts.
+        """
+        return self.mask.sum(1) if torch.compiler.is_compiling() or not self.mask.all() else None
 
     def roll(self, rows: Tensor) -> Tensor:
         """Move every row's content to position 0; rows[batch, length, ...] to the same shape."""

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from longstride.dispatch.choice import BACKENDS, differentiable
 from longstride.errors import ArgumentError, UnsupportedError
-from longstride.models.modeling import SparseTransformerForCausalLM
+from longstride.models.modeling import SparseTransformerPreTrainedModel
 
 RECOMPUTE = ("nothing", "blocks", "all_but_attention")
 
@@ -31,7 +31,7 @@ def check_recomputation(what: str, backend: str | None) -> None:
         )
 
 
-def recompute_in_backward(model: SparseTransformerForCausalLM, what: str) -> None:
+def recompute_in_backward(model: SparseTransformerPreTrainedModel, what: str) -> None:
     """Decide what a training of this model keeps of its residual blocks; gradients are the same for all.
 
     With d the width, n the tokens of a batch and H the heads, a block keeps for the backward pass

@@ -18,7 +18,7 @@ def layer_patterns(config: "SparseTransformerConfig") -> tuple[Pattern, ...]:
     """The pattern of each layer: layer i has ``config.patterns[i % len(config.patterns)]``.
 
     Raises:
-        PatternError: a text is not a pattern, looks ahead, or does not split over the heads.
+        PatternError: as `read_patterns`.
     """
     cycle = read_patterns(
         config.patterns, config.pattern_tables, config.num_attention_heads, config.max_position_embeddings
@@ -29,17 +29,17 @@ def layer_patterns(config: "SparseTransformerConfig") -> tuple[Pattern, ...]:
 def read_patterns(
     texts: Sequence[str], tables: Mapping[str, Any] | None, num_attention_heads: int, max_position_embeddings: int
 ) -> tuple[Pattern, ...]:
-    """Parse pattern texts and hold them to what a causal language model needs.
+    """Parse pattern texts and hold them to what any model needs; whether they may look ahead is the model's matter.
 
     Args:
         texts: for example ``["Local(128)", "Strided(128)"]``.
         tables: the BlockSparse tables that the texts name, in any form that :func:`tables_to_json` reads.
         num_attention_heads: heads that a ``per_head`` pattern must divide.
-        max_position_embeddings: length that the patterns must cover, and up to which they must not depend on it.
+        max_position_embeddings: length that the patterns must cover, and up to which causal ones must not depend on it.
 
     Raises:
-        PatternError: a text is not a pattern, looks ahead, does not split over the heads, or does not serve every
-            length up to the longest.
+        PatternError: a text is not a pattern, does not split over the heads, or does not serve every length up to the
+            longest.
     """
     # Models are built under torch.device("meta") or on an accelerator; a pattern's rule is read on the CPU.
     with torch.device("cpu"):
@@ -49,18 +49,42 @@ def read_patterns(
 
 def _read(text: str, tables: dict[str, Tensor], num_attention_heads: int, max_position_embeddings: int) -> Pattern:
     pattern = parse(text, tables=tables)
-    if not pattern.is_causal:
-        raise PatternError(
-            f"{text}: this pattern lets a token attend to later ones, and a causal language model predicts those; "
-            f"intersect it with Causal(), as in ({text}) & Causal(), or drop its lookahead"
-        )
     pattern.split_heads(num_attention_heads)
-    if pattern.bind(max_position_embeddings) != pattern:
+    # A pattern that looks ahead sees the whole sequence at once, and may look at how long it is.
+    if pattern.bind(max_position_embeddings) != pattern and pattern.is_causal:
         raise PatternError(
             f"{text}: what this pattern allows depends on the length of the sequence, so a token's past would change "
             "as the sequence grows; make its members causal"
         )
     return pattern
+
+
+def check_causal(patterns: Sequence[Pattern]) -> None:
+    """Hold the layers' patterns to what a language model needs, which predicts what comes later.
+
+    Raises:
+        PatternError: a pattern looks ahead.
+    """
+    for pattern in patterns:
+        if not pattern.is_causal:
+            raise PatternError(
+                f"{pattern}: this pattern lets a token attend to later ones, and a causal language model predicts "
+                f"those; intersect it with Causal(), as in ({pattern}) & Causal(), or drop its lookahead"
+            )
+
+
+def check_bidirectional(patterns: Sequence[Pattern]) -> None:
+    """Hold the layers' patterns to what an encoder needs, which reads a text from both sides.
+
+    Raises:
+        PatternError: a pattern never looks ahead.
+    """
+    for pattern in patterns:
+        if pattern.is_causal:
+            raise PatternError(
+                f"{pattern}: this pattern lets no token attend to later ones, and an encoder reads both sides; give it "
+                "a lookahead or causal=False, as in Local(129, lookahead=128) | Global(1, causal=False)"
+            )
 
 
 def pattern_stride(patterns: Sequence[Pattern]) -> int | None:

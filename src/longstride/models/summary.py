@@ -6,7 +6,9 @@ from collections import Counter
 import torch
 
 from longstride.models.configuration import SparseTransformerConfig
+from longstride.models.encoder import SparseTransformerForMaskedLM
 from longstride.models.modeling import SparseTransformerForCausalLM
+from longstride.models.schedule import layer_patterns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +32,17 @@ class ParameterCount:
 
 
 def parameter_count(config: SparseTransformerConfig) -> ParameterCount:
-    """Count the parameters of ``SparseTransformerForCausalLM(config)`` by part, without allocating any.
+    """Count a model's parameters by part, without allocating any.
+
+    It is ``SparseTransformerForCausalLM(config)``, or ``SparseTransformerForMaskedLM(config)`` where a pattern looks
+    ahead.
 
     >>> print(parameter_count(SparseTransformerConfig()).total)  # the paper's enwik8 model: 95 M
     94887936
     """
+    causal = all(pattern.is_causal for pattern in layer_patterns(config))
     with torch.device("meta"):
-        model = SparseTransformerForCausalLM(config)
+        model = (SparseTransformerForCausalLM if causal else SparseTransformerForMaskedLM)(config)
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         counts[_part(name)] += parameter.numel()

@@ -1,6 +1,13 @@
 """Training: recipes, Hugging Face's Trainer with atomic checkpoints and exact resuming, and the evaluation."""
 
 from longstride.training.checkpoints import latest_sound
+from longstride.training.classification import Classifier, classifier_config, train_classifier
+from longstride.training.classification_evaluation import (
+    ClassificationEvaluation,
+    document_log_probabilities,
+    evaluate_classifier,
+)
+from longstride.training.classification_recipe import ClassificationRecipe, read_classification_recipe
 from longstride.training.curve import read_curve
 from longstride.training.evaluation import (
     Evaluation,
@@ -14,25 +21,34 @@ from longstride.training.evaluation import (
 from longstride.training.evaluation_as_trained import evaluate_as_trained
 from longstride.training.folder import RunFolder, find_model
 from longstride.training.kinds import kind_of
+from longstride.training.pieces import VOCAB_SIZE
 from longstride.training.recipe import Recipe, parse_assignments, read_recipe
 from longstride.training.run import TrainingResult, check_precision, model_config, resolve_device, train
 from longstride.training.scaling import read_scale, scaled
 
 __all__ = [
+    "VOCAB_SIZE",
+    "ClassificationEvaluation",
+    "ClassificationRecipe",
+    "Classifier",
     "Evaluation",
     "Recipe",
     "RunFolder",
     "Span",
     "TrainingResult",
     "check_precision",
+    "classifier_config",
+    "document_log_probabilities",
     "evaluate",
     "evaluate_as_trained",
+    "evaluate_classifier",
     "evaluating",
     "find_model",
     "kind_of",
     "latest_sound",
     "model_config",
     "parse_assignments",
+    "read_classification_recipe",
     "read_curve",
     "read_recipe",
     "read_scale",
@@ -40,6 +56,7 @@ __all__ = [
     "resolve_device",
     "scaled",
     "train",
+    "train_classifier",
     "window_losses",
     "xz_bits_per_byte",
 ]

@@ -4,10 +4,9 @@
 key such as ``model.hidden_size`` names one value on the command line and in error messages.
 """
 
-import dataclasses
 import math
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from longstride.data import KINDS, ON_CORRUPT
 from longstride.errors import PatternError, RecipeError
 from longstride.models import BLOCKS, RECOMPUTE
 from longstride.patterns import parse
-from longstride.training.recipe_values import convert, suggestion
+from longstride.training.sections import Sections, read_sections
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ CHANGEABLE_SECTIONS = ("evaluation.", "sample.")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Sections):
     """All of a training run. Raises RecipeError for a value that cannot work."""
 
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -269,46 +268,6 @@ class Recipe:
             return self.data.context // 2
         return self.evaluation.min_context
 
-    def items(self) -> Iterator[tuple[str, typing.Any]]:
-        """(dotted key, value), in the order of the file."""
-        for section in dataclasses.fields(self):
-            values = getattr(self, section.name)
-            for entry in dataclasses.fields(values):
-                yield f"{section.name}.{entry.name}", getattr(values, entry.name)
-
-    def value(self, key: str) -> typing.Any:
-        """The value of a dotted key."""
-        return dict(self.items())[key]
-
-    def override(self, values: Mapping[str, typing.Any], origin: str = "") -> "Recipe":
-        """Another recipe, with the values of some dotted keys replaced.
-
-        Args:
-            origin: what error messages should name as the place of the mistake, such as a file.
-
-        Raises:
-            RecipeError: an unknown key, or a value of the wrong type or size.
-        """
-        prefix = f"{origin}: " if origin else ""
-        known = [key for key, _ in self.items()]
-        sections: dict[str, dict[str, typing.Any]] = {}
-        for key, value in values.items():
-            if key not in known:
-                raise RecipeError(f"{prefix}unknown key {key}{suggestion(key, known)}")
-            section, name = key.split(".")
-            hint = typing.get_type_hints(type(getattr(self, section)))[name]
-            try:
-                sections.setdefault(section, {})[name] = convert(value, hint)
-            except ValueError as error:
-                raise RecipeError(f"{prefix}{key} is {value!r}: it must be {error}") from error
-        try:
-            return dataclasses.replace(
-                self,
-                **{name: dataclasses.replace(getattr(self, name), **changed) for name, changed in sections.items()},
-            )
-        except RecipeError as error:
-            raise RecipeError(f"{prefix}{error}") from error
-
     def check_resumable(self, started: "Recipe") -> None:
         """Whether a run started with the recipe ``started`` may go on with this one.
 
@@ -323,14 +282,6 @@ class Recipe:
                     "start a new run in another --output"
                 )
 
-    def to_yaml(self) -> str:
-        """Every value, as a YAML text that `read_recipe` reads back."""
-        plain = {
-            section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-            for section, values in dataclasses.asdict(self).items()
-        }
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file; what the file leaves out has its default.
@@ -338,26 +289,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: no such file, not YAML, an unknown key or an illegal value.
     """
-    try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}; check --recipe") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    default = Recipe()
-    sections = [section.name for section in dataclasses.fields(default)]
-    if written is None:
-        return default
-    if not isinstance(written, dict):
-        raise RecipeError(f"{path}: a recipe consists of the sections {', '.join(sections)}, not of {written!r}")
-    values = {}
-    for section, entries in written.items():
-        if section not in sections:
-            raise RecipeError(f"{path}: unknown section {section}{suggestion(str(section), sections)}")
-        if entries is not None and not isinstance(entries, dict):
-            raise RecipeError(f"{path}: the section {section} must hold keys with values, not {entries!r}")
-        values.update({f"{section}.{name}": value for name, value in (entries or {}).items()})
-    return default.override(values, origin=str(path))
+    return read_sections(path, Recipe())
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, typing.Any]:

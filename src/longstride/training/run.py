@@ -21,6 +21,7 @@ from longstride.models import (
     compiled_blocks,
     recompute_in_backward,
 )
+from longstride.training.arguments import trainer_arguments
 from longstride.training.batches import batches_of
 from longstride.training.checkpoints import latest_sound
 from longstride.training.curve import Curve
@@ -173,44 +174,22 @@ def _training_arguments(recipe: Recipe, folder: RunFolder, device: torch.device)
     if run.tensorboard:
         # The only way to say it: TrainingArguments has no field for the folder.
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.tensorboard)
-    args = TrainingArguments(
-        output_dir=str(folder.checkpoints),
-        max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.batch_size,
-        per_device_eval_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.gradient_accumulation_steps,
-        learning_rate=optimizer.learning_rate,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        max_grad_norm=optimizer.max_grad_norm,
-        lr_scheduler_type="cosine",
-        warmup_steps=schedule.warmup_steps,
-        train_sampling_strategy="sequential",
-        bf16=run.precision == "bf16",
-        fp16=run.precision == "fp16",
-        use_cpu=device.type == "cpu",
+    return trainer_arguments(
+        optimizer,
+        schedule,
+        folder=folder.checkpoints,
+        device=device,
+        precision=run.precision,
         seed=run.seed,
-        logging_steps=run.log_every,
-        # The curve reports a loss that is not finite, instead of averaging it away.
-        logging_nan_inf_filter=False,
+        log_every=run.log_every,
+        per_device_eval_batch_size=schedule.batch_size,
         eval_strategy="steps",
         eval_steps=run.evaluate_every,
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=run.checkpoint_every,
         report_to=["tensorboard"] if run.tensorboard else "none",
-        disable_tqdm=True,
-        log_level="error",
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        # Batches are on their way while the device computes: waiting for each would empty its queue at every step.
-        accelerator_config={"non_blocking": device.type == "cuda"},
     )
-    if args.n_gpu > 1:
-        # Trainer would split every batch over all GPUs of the machine by DataParallel, unasked.
-        args._n_gpu = 1
-    return args
 
 
 def _shown(path: Any) -> str:
