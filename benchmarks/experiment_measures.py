@@ -115,9 +115,9 @@ def attention_maps(
     for index, layer in enumerate(layers):
         attend = layer.attention.attend
 
-        def noting(q: Any, k: Any, *rest: Any, index: int = index, attend: Any = attend) -> torch.Tensor:
+        def noting(q: Any, k: Any, v: Any, index: int = index, attend: Any = attend, **others: Any) -> torch.Tensor:
             seen[index] = (q.float(), k.float())
-            return attend(q, k, *rest)
+            return attend(q, k, v, **others)
 
         layer.attention.attend = noting
     try:

@@ -70,8 +70,9 @@ def test_speed_and_memory_go_to_the_standard_error(folder):
     )
     assert found is not None, result.stderr
     assert int(found[1].replace(",", "")) > 0
-    # Two heads of 8 numbers, keys and values, in float32: the window of 4, two rows to spare; and the row's length.
-    assert found[2] == f"{2 * 4 * 8 * (2 * 4 + 2) + 8}"
+    # Two heads of 8 numbers, keys and values, in float32: the window of 4, two rows to spare; then the row's length,
+    # and both heads' arrivals.
+    assert found[2] == f"{2 * 4 * 8 * (2 * 4 + 2) + 8 + 2 * 4}"
     assert "tokens/s" not in sample(str(folder), "--length", "1").stderr
 
 
