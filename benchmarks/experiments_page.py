@@ -142,6 +142,8 @@ def _experiment(name: str, result: dict, results: Path, docs: Path) -> list[str]
         f"![bits by context](results/{draw_context(result, folder / f'{name}-context.png').name})",
         "",
     ]
+    if "note" in result:
+        lines += [result["note"], ""]
     for arm_name, reason in result.get("failed", {}).items():
         if arm_name not in arms:
             lines += [f"Not trained: {arm_name}: {reason}", ""]

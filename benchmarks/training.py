@@ -258,6 +258,7 @@ def run(options: argparse.Namespace, names: list[str]) -> None:
         "python": platform.python_version(),
         "commit": options.commit or commit(),
         "command": f"python3 benchmarks/{Path(sys.argv[0]).name}",
+        "note": options.note,
     }
     start = time.monotonic()
     for name in names:
@@ -283,6 +284,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes for a test of this script")
     parser.add_argument("--budget-seconds", type=float, default=400.0, help="begin no case after that")
     parser.add_argument("--commit", help="what was measured, where there is no checkout to ask")
+    parser.add_argument("--note", help="what a reader of the page should know, such as what else the machine did")
     parser.add_argument("--render", action="store_true", help="write the page again, and measure nothing")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "training")
     options = parser.parse_args()

@@ -29,7 +29,7 @@ def _facts(case: dict) -> str:
     return (
         f"{case['device']}, torch {case['torch']}, triton {case['triton']}, Python {case['python']}, commit "
         f"{case['commit']}; `{case['command']}`."
-    )
+    ) + (f" {case['note']}" if case.get("note") else "")
 
 
 def fastest(case: dict, names: tuple[str, ...]) -> float | None:

@@ -61,7 +61,7 @@ def test_the_page_of_made_up_results(tmp_path: Path) -> None:
     results, docs = tmp_path / "results", tmp_path / "docs"
     results.mkdir()
     arms = {"dense": arm(1.7, "dense"), "fixed": arm(1.6, "fixed"), "strided": arm(1.65, "strided")}
-    text = {"title": "Text", "unit": "byte", "arms": arms, "failed": {"local": "out of memory"}}
+    text = {"title": "Text", "unit": "byte", "arms": arms, "failed": {"local": "out of memory"}, "note": "So far."}
     (results / "text.json").write_text(json.dumps(text))
     experiments_page.write_page(results, docs)
     page = (docs / "results.md").read_text()
@@ -71,6 +71,7 @@ def test_the_page_of_made_up_results(tmp_path: Path) -> None:
     assert "the paper has dense ahead of strided: not confirmed (-0.050 bits)" in page
     assert "| at least | 0 | 32 |" in page
     assert "Not trained: local: out of memory" in page
+    assert "\nSo far.\n" in page
     # The best arm comes first.
     assert page.index("| fixed | Local(5)") < page.index("| strided | Local(7)") < page.index("| dense | Local(5)")
     for name in ("text-curves.png", "text-context.png"):
