@@ -96,6 +96,19 @@ def test_unknown_name_is_an_attribute_error() -> None:
         _ = longstride.Stridded
 
 
+def test_what_needs_transformers_says_so_where_there_is_none() -> None:
+    names = ("sparsify", "SparseTransformerForCausalLM")
+    code = (
+        "import sys\nsys.modules['transformers'] = None\nimport longstride\n"
+        f"for name in {names}:\n    try:\n        getattr(longstride, name)\n"
+        "    except ModuleNotFoundError as error:\n        print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines() == [
+        f"longstride.{name} needs the package transformers: pip install 'longstride[transformers]'" for name in names
+    ]
+
+
 def test_version_is_the_package_s() -> None:
     import longstride
 

@@ -116,7 +116,15 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     # Loaded when first asked for, so that the op needs torch alone.
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        try:
+            return getattr(importlib.import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            raise ModuleNotFoundError(
+                f"longstride.{name} needs the package transformers: pip install 'longstride[transformers]'",
+                name=error.name,
+            ) from None
     raise AttributeError(f"module 'longstride' has no attribute {name!r}")
 
 

@@ -198,10 +198,12 @@ def test_only_a_sparsified_model_takes_its_cache(make, tokens):
         other(tokens, past_key_values=cache)
 
 
-@pytest.mark.parametrize("options", [{"capacity": 0}, {"capacity": 2.5}, {"headroom": -1}], ids=str)
+@pytest.mark.parametrize("options", [{"capacity": 0}, {"capacity": 2.5}, {"headroom": -1}, {"headroom": 2.5}], ids=str)
 def test_sizes_of_a_cache_are_checked(make, options):
-    with pytest.raises(ls.ArgumentError, match=r"(capacity|headroom)=.*(at least 1|not be negative)"):
+    with pytest.raises(ls.ArgumentError, match=r"(capacity|headroom)=.*at least [01]"):
         SparsifiedCache(ls.sparsify(make(), "Local(4)").config, **options)
+    with pytest.raises(ls.ArgumentError, match=r"config is LlamaForCausalLM: give .* model.config"):
+        SparsifiedCache(ls.sparsify(make(), "Local(4)"))
 
 
 def test_layers_that_keep_something_else(make):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import longstride as ls
+from longstride.integrations.transformers import SparsifiedCache
 
 LENGTHS = (5, 12, 9, 1)
 SIDES = {"left": lambda length: 12 - length, "right": lambda _: 0, "both": lambda length: (12 - length) // 2}
@@ -133,6 +135,56 @@ def test_packing_that_transformers_does_not_see_is_refused_not_mixed(make, name,
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(ls.ArgumentError, match=r"position_ids begin again within a row.*use_cache=False"):
         model(torch.ones(1, 6, dtype=torch.long), position_ids=packed, **inputs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_packing_with_padding_is_refused_not_mixed(make, side):
+    model = ls.sparsify(make(), "Local(4)")
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[:, slice(0, 2) if side == "left" else slice(6, 8)] = 0
+    positions = torch.zeros(2, 8, dtype=torch.long)
+    positions[mask.bool()] = torch.tensor([0, 1, 2, 0, 1, 2] * 2)
+    with pytest.raises(ls.ArgumentError, match="position_ids begin again within a row"):
+        model(torch.ones(2, 8, dtype=torch.long), position_ids=positions, attention_mask=mask, use_cache=False)
+
+
+OFFSETS = {"cu_seq_lens_q": torch.tensor([0, 4, 10, 14, 20], dtype=torch.int32), "max_length_q": 6}
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_documents_of_an_encoder_are_told_apart_by_their_offsets(make, name):
+    model = ls.sparsify(make(name), "Local(3, lookahead=2)")
+    ids = torch.randint(1, 31, (2, 10), generator=torch.Generator().manual_seed(2))
+    positions = torch.tensor([[*range(4), *range(6)]])
+    out = model(ids, position_ids=positions, **OFFSETS).last_hidden_state
+    for row in range(2):
+        alone = [model(document[None]).last_hidden_state[0] for document in ids[row].split((4, 6))]
+        torch.testing.assert_close(out[row], torch.cat(alone), rtol=1e-9, atol=1e-9)
+    if name == "bert":  # which tells its layers the positions
+        with pytest.raises(ls.ArgumentError, match=r"in decoders alone.*or also pass cu_seq_lens_q and max_length_q"):
+            model(ids, position_ids=positions)
+
+
+def test_offsets_that_cannot_be_kept_to_are_refused(make, tokens):
+    model, ids = ls.sparsify(make(), "Local(4)"), tokens[:, :10]
+    with pytest.raises(ls.ArgumentError, match="cu_seq_lens_q without max_length_q"):
+        model(ids, cu_seq_lens_q=OFFSETS["cu_seq_lens_q"], use_cache=False)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    for inputs in ({"attention_mask": mask}, {"past_key_values": SparsifiedCache(model.config)}):
+        with torch.no_grad(), pytest.raises(ls.ArgumentError, match="cu_seq_lens_q packs documents in rows without"):
+            model(ids, **OFFSETS, **inputs)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, lambda: None])
+def test_a_mask_of_too_few_tokens_is_refused(make, tokens, kind):
+    model, cache = ls.sparsify(make(), "Local(4)"), kind()
+    mask = torch.ones_like(tokens)
+    if cache is not None:
+        model(tokens[:, :10], attention_mask=mask[:, :10], past_key_values=cache)
+        tokens = tokens[:, 10:]
+    with pytest.raises(ls.ArgumentError, match=r"attention_mask of 10 tokens for 20: .*the cache has seen included"):
+        model(tokens, attention_mask=mask[:, 10:], past_key_values=cache)
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (3, 6), (2, 2, 6)], ids=str)

@@ -23,8 +23,9 @@ def test_other_values(make):
         ls.sparsify(torch.nn.Linear(2, 2), "Local(4)")
     with pytest.raises(ls.ArgumentError, match="3 patterns for 2 layers: give at most one for each"):
         ls.sparsify(make(), ["Local(4)"] * 3)
-    with pytest.raises(ls.ArgumentError, match="backend='turbo': known backends are 'triton'"):
-        ls.sparsify(make(), "Local(4)", backend="turbo")
+    for backend in ("turbo", 3, ["torch"]):
+        with pytest.raises(ls.ArgumentError, match=r"backend=.*: known backends are 'triton'"):
+            ls.sparsify(make(), "Local(4)", backend=backend)
     with pytest.raises(ls.PatternError, match=r"unknown pattern 'Lcal' \(did you mean Local\?\)"):
         ls.sparsify(make(), "Lcal(4)")
 
@@ -173,6 +174,16 @@ def test_layers_that_are_called_without_a_mask(make):
     turned = model.model.rotary_emb(hidden, torch.arange(4)[None])
     with pytest.raises(ls.UnsupportedError, match="no mask came with these tokens"):
         model.model.layers[0].self_attn(hidden, turned)
+
+
+def test_a_mask_that_is_cut_between_the_layers(make, tokens):
+    model = ls.sparsify(make(), "Local(4)")
+    model.model.layers[1].register_forward_pre_hook(
+        lambda _module, args, given: (args, given | {"attention_mask": given["attention_mask"][:, :, -10:]}),
+        with_kwargs=True,
+    )
+    with pytest.raises(ls.UnsupportedError, match="cuts or changes its mask on the way to its layers"):
+        model(tokens)
 
 
 def test_masks_that_a_model_lays_over_its_own():

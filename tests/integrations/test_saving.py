@@ -153,6 +153,26 @@ def test_another_process_refuses_to_load_it_without_the_package_and_with_it_has_
     assert float(total) == pytest.approx(model(tokens).logits.sum().item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_table_that_a_text_names_is_saved_with_it(make, name):
+    pattern = ls.BlockSparse(torch.eye(16, dtype=torch.bool), 4) & ls.Causal()
+    entry = ls.sparsify(make(name), pattern).config.longstride
+    assert len(entry["tables"]) == 1
+    assert ls.sparsify(make(name), entry["patterns"]).config.longstride == entry
+
+
+def test_a_table_is_what_its_name_says(make, tokens):
+    entry = ls.sparsify(make(), ls.BlockSparse(torch.eye(16, dtype=torch.bool), 4) & ls.Causal()).config.longstride
+    (name,) = entry["tables"]
+    changed = {"patterns": entry["patterns"], "tables": {name: ["1" * 16] * 16}}
+    with pytest.raises(ls.ArgumentError, match=rf"the table '{name}' has other blocks than its name says"):
+        make().config.longstride = changed
+    with torch.device("meta"):
+        config = LlamaConfig(**GROUPED, longstride=entry)
+    model = LlamaForCausalLM(config).double().eval()
+    assert model(tokens).logits.isfinite().all()
+
+
 def test_patterns_of_one_s_own(make, tokens, tmp_path):
     model = ls.sparsify(make(), EvenKeys(3) | ls.Local(2))
     again = reload(model, tmp_path)
@@ -189,6 +209,7 @@ def test_a_class_that_is_defined_anew(make, tokens):
         {"part": "text_config"},
         {"patterns": ["Local(4)"], "more": 1},
         {"patterns": "Local(4)"},
+        {"patterns": ["Local(4)"], "tables": ["10", "11"]},
     ],
     ids=str,
 )

@@ -98,6 +98,33 @@ def test_the_trainer_trains_saves_and_resumes_it(make, tmp_path):
     assert lengths == [20, 1, 1, 1]
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_trainer_checkpoints_gradients(make, tmp_path, reentrant):
+    ids = (torch.arange(20) % 5 + 3).tolist()
+    # transformers 5.23 has renamed it.
+    name = "activation_checkpointing"
+    name = name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+    losses, calls = [], []
+    for recomputed in (False, True):
+        model = ls.sparsify(make(dtype=torch.float32), PATTERNS)
+        model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(len(losses)))
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            save_strategy="no",
+            learning_rate=0.01,
+            **{name: recomputed, f"{name}_kwargs": {"use_reentrant": reentrant}},
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to="none",
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": ids, "labels": ids}] * 8)
+        losses.append(trainer.train().training_loss)
+    assert [calls.count(0), calls.count(1)] == [3, 6]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("padded", [False, True])
@@ -158,3 +185,16 @@ def test_decoding_compiled_once_for_all_positions(make, tokens, padded):
     real = mask[:, 9:].bool() if padded else slice(None)
     torch.testing.assert_close(torch.cat(outs, 1)[real], whole[:, 9:][real], rtol=1e-9, atol=1e-9)
     assert len(graphs) == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_table_shorter_than_the_cache_in_a_compiled_step(make, tokens):
+    table = torch.ones(16, 16, dtype=torch.bool).tril()
+    table[2:, 1] = False
+    model = ls.sparsify(make(num_hidden_layers=1), ls.BlockSparse(table, 4) & ls.Causal())
+    cache = StaticCache(config=model.config, max_cache_len=100)
+    with torch.no_grad():
+        model(tokens[:, :-1], past_key_values=cache)
+        step = torch.compile(model, backend="eager", fullgraph=True)
+        found = step(tokens[:, -1:], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(tokens, use_cache=False).logits[:, -1:], rtol=1e-9, atol=1e-9)

@@ -185,9 +185,11 @@ def test_what_transformers_asks_of_it(make_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"capacity": 0}, "capacity=0: it must be from 1 to max_position_embeddings=48"),
+        ({"capacity": 0}, "capacity=0: it must be a whole number from 1 to max_position_embeddings=48"),
         ({"capacity": 49}, "capacity=49"),
+        ({"capacity": "x"}, "capacity=.x.: it must be a whole number"),
         ({"headroom": -1}, "headroom=-1"),
+        ({"headroom": 0.5}, "headroom=0.5"),
     ],
     ids=str,
 )

@@ -32,8 +32,8 @@ class GenerationCache(Cache):
     def __init__(
         self, patterns: Sequence[Pattern], capacity: int, headroom: int, layers: "Sequence[GenerationCacheLayer]"
     ) -> None:
-        if headroom < 0:
-            raise ArgumentError(f"headroom={headroom}: it must not be negative")
+        if not isinstance(headroom, int) or headroom < 0:
+            raise ArgumentError(f"headroom={headroom!r}: it must be a whole number of at least 0")
         self.patterns = tuple(patterns)
         self.capacity = capacity
         self.headroom = headroom
@@ -137,8 +137,10 @@ class SparseTransformerCache(GenerationCache):
     def __init__(self, config: SparseTransformerConfig, capacity: int | None = None, headroom: int = 0) -> None:
         longest = config.max_position_embeddings
         capacity = longest if capacity is None else capacity
-        if not 1 <= capacity <= longest:
-            raise ArgumentError(f"capacity={capacity}: it must be from 1 to max_position_embeddings={longest}")
+        if not isinstance(capacity, int) or not 1 <= capacity <= longest:
+            raise ArgumentError(
+                f"capacity={capacity!r}: it must be a whole number from 1 to max_position_embeddings={longest}"
+            )
         patterns = layer_patterns(config)
         super().__init__(patterns, capacity, headroom, [SparseTransformerCacheLayer(self) for _ in patterns])
         assert config.qk_hidden_size is not None

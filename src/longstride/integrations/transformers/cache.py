@@ -32,11 +32,13 @@ class SparsifiedCache(GenerationCache):
             does.
 
     Raises:
-        ArgumentError: a model without patterns; capacity or headroom is out of range.
+        ArgumentError: not a configuration, or one without patterns; capacity or headroom is out of range.
         UnsupportedError: a model with layers of another kind than attention.
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int | None = None, headroom: int = 0) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ArgumentError(f"config is {type(config).__name__}: give the model's configuration, model.config")
         config = config.get_text_config(decoder=True)
         capacity = getattr(config, "max_position_embeddings", None) if capacity is None else capacity
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
@@ -143,5 +145,5 @@ class HeldKeys(Tensor):
             return super().__torch_function__(func, types, args, kwargs or {})
         raise UnsupportedError(
             "a SparsifiedCache gives no dense keys and values: its model must attend along patterns "
-            "(longstride.sparsify) and hand its keys from the cache to its attention as they are"
+            "(longstride.sparsify), hand its keys from the cache to its attention as they are, and not be compiled"
         )

@@ -60,7 +60,8 @@ def attend(
     text = layer_text(config, getattr(module, "layer_idx", None))
     backend = config.longstride.get("backend")
     facts = _facts(module, query, key, attention_mask)
-    if getattr(module, "layer_idx", None) == 0:
+    packed = _told_documents(facts, key, kwargs)
+    if getattr(module, "layer_idx", None) == 0 and packed is None:
         _refuse_packing_unseen(facts, kwargs.get("position_ids"))
     _refuse_a_share_of_heads(text, query.shape[1], config.num_attention_heads)
     if facts.is_causal and looks_ahead(text):
@@ -71,7 +72,7 @@ def attend(
     if isinstance(key, HeldKeys):
         out = key.cache.attend(query, key, value, pattern_of(text), facts, scaling, backend)
     else:
-        out = _along(query, key, value, text, facts, scaling, backend, kwargs)
+        out = _along(query, key, value, text, facts, scaling, backend, packed)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -109,6 +110,11 @@ def _facts(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor
                 f"{facts.kv_len}: its layers change them in between, or attend across; keep its attention dense"
             )
         return facts
+    if isinstance(attention_mask, Placement):
+        raise UnsupportedError(
+            "this model cuts or changes its mask on the way to its layers, and where the tokens stand is lost: keep "
+            "its attention dense"
+        )
     if attention_mask is not None:
         raise UnsupportedError(
             f"a mask {list(attention_mask.shape)} of {attention_mask.dtype} for every pair: what attends to what is "
@@ -130,16 +136,36 @@ def _refuse_a_share_of_heads(text: str, present: int, num_heads: int) -> None:
         )
 
 
+def _told_documents(facts: Facts, key: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, int] | None:
+    """Offsets int [documents + 1] of packed documents and the longest one's tokens, where the caller gives them."""
+    offsets, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    if offsets is None:
+        return None
+    if longest is None:
+        raise ArgumentError("cu_seq_lens_q without max_length_q: also pass the tokens of the longest document")
+    if facts.real is not None or facts.q_offset != 0 or isinstance(key, HeldKeys):
+        raise ArgumentError(
+            "cu_seq_lens_q packs documents in rows without padding that are computed at once: leave attention_mask "
+            "out and pass use_cache=False"
+        )
+    return offsets, int(longest)
+
+
 def _refuse_packing_unseen(facts: Facts, position_ids: Tensor | None) -> None:
     """transformers looks for packed documents only where there is no cache, and most models make one by themselves."""
-    if torch.compiler.is_compiling() or facts.q_offset != 0:
+    if torch.compiler.is_compiling() or facts.q_offset != 0 or position_ids is None or position_ids.dim() != 2:
         return
-    if facts.documents is not None or facts.real is not None:
+    if facts.real is None and facts.documents is not None:
         return
-    if position_ids is not None and position_ids.dim() == 2 and bool((position_ids.diff() != 1).any()):
+    again = position_ids.diff() != 1
+    if facts.real is not None:  # what stands at padding does not matter
+        real = facts.real[:, : facts.q_len]
+        again = again & real[:, 1:] & real[:, :-1]
+    if again.any():
         raise ArgumentError(
-            "position_ids begin again within a row, which transformers takes for packed documents only where there is "
-            "neither a mask nor a cache: leave attention_mask out and pass use_cache=False"
+            "position_ids begin again within a row, which transformers takes for packed documents in decoders alone, "
+            "and only where there is neither a mask nor a cache: leave attention_mask out and pass use_cache=False, "
+            "or also pass cu_seq_lens_q and max_length_q, which say where documents begin"
         )
 
 
@@ -151,7 +177,7 @@ def _along(
     facts: Facts,
     scale: float | None,
     backend: str | None,
-    kwargs: dict[str, Any],
+    packed: tuple[Tensor, int] | None,
 ) -> Tensor:
     """Attention to dense keys: whole sequences, documents, or new tokens after those of a cache."""
     pattern = pattern_of(text)
@@ -173,8 +199,8 @@ def _along(
     there = facts.q_offset + facts.q_len
     k, v = k[:, :, :there], v[:, :, :there]
     documents, longest = facts.documents, facts.q_len
-    if documents is None and kwargs.get("cu_seq_lens_q") is not None and facts.q_offset == 0:
-        documents, longest = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])
+    if documents is None and packed is not None:
+        documents, longest = packed
     elif facts.restarts is not None:
         check(
             ~facts.restarts[:, 1:].any(),

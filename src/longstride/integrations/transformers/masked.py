@@ -28,7 +28,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, text: str, facts: Facts, s
     q_slot = first + torch.arange(facts.q_len, device=q.device)
     kv_slot = facts.kv_offset + torch.arange(k.shape[2], device=q.device)
     if facts.real is None:
-        i, j, there = q_slot[None], kv_slot[None], None
+        # A StaticCache has room behind the last token, and further than the table of a BlockSparse may reach.
+        i, j = q_slot[None], kv_slot[None].minimum(q_slot[-1])
+        there = (kv_slot <= q_slot[-1])[None, None, None]
     else:
         position = facts.real.cumsum(1) - 1
         i, j = position[:, q_slot], position[:, kv_slot]
@@ -37,9 +39,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, text: str, facts: Facts, s
         _refuse_forgotten(text, facts)
     rules = head_rules(text, q.shape[1])
     # Of the shape [batch or 1, heads or 1, q_len, kv_len], so that rows and heads that agree share a mask.
-    allowed = torch.cat([rule.allows(i[:, None, :, None], j[:, None, None, :]) for rule in rules], 1)
-    if there is not None:
-        allowed = allowed & there
+    allowed = torch.cat([rule.allows(i[:, None, :, None], j[:, None, None, :]) for rule in rules], 1) & there
     nothing = ~allowed.any(-1, keepdim=True)
     # A row without keys would be NaN, also in the gradients: it reads all, and what it read is dropped.
     out = torch.nn.functional.scaled_dot_product_attention(

@@ -121,7 +121,7 @@ def place(
     if not is_causal and q_length != kv_length:
         raise UnsupportedError(
             f"{q_length} queries and {kv_length} keys without a causal order: cross-attention has no pattern; "
-            "sparsify models that attend to themselves alone"
+            "sparsify models that attend to themselves alone, and give an attention_mask of all their tokens"
         )
     compiling = torch.compiler.is_compiling()
     if isinstance(q_offset, Tensor):
@@ -129,7 +129,8 @@ def place(
         first, device_offset = None if compiling else int(q_offset), q_offset.clone()
     else:
         first, device_offset = q_offset, None
-    real = None if attention_mask is None else _real(attention_mask, batch_size, kv_offset + kv_length)
+    given = q_length if first is None else first + q_length
+    real = None if attention_mask is None else _real(attention_mask, batch_size, given, kv_offset + kv_length)
     if real is not None and not compiling and first is not None and real[:, : first + q_length].all():
         real = None
     documents, restarts = None, None
@@ -144,11 +145,16 @@ def place(
     return Placement.of(batch_size, facts, device)
 
 
-def _real(attention_mask: Tensor, batch: int, slots: int) -> Tensor:
+def _real(attention_mask: Tensor, batch: int, given: int, slots: int) -> Tensor:
     """bool [batch, slots]: the mask may end before the memory of a StaticCache does."""
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
         raise ArgumentError(
             f"attention_mask has shape {list(attention_mask.shape)}: it must be [batch, length], the batch {batch}"
+        )
+    if attention_mask.shape[1] < given:
+        raise ArgumentError(
+            f"attention_mask of {attention_mask.shape[1]} tokens for {given}: it must say of all tokens which are "
+            "real, those that the cache has seen included"
         )
     missing = slots - attention_mask.shape[1]
     real = attention_mask != 0

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from longstride.attention import BACKENDS
 from longstride.errors import ArgumentError, PatternError
 from longstride.models.schedule import tables_from_json, tables_to_json
-from longstride.patterns import Pattern, parse
+from longstride.patterns import BlockSparse, Pattern, parse
 
 #: What the models of transformers know this attention by, and their configurations its patterns.
 ATTENTION = "longstride"
@@ -85,16 +85,15 @@ def entry_of(patterns: Pattern | str | Sequence[Pattern | str], backend: str | N
             f"patterns={patterns!r}: give a pattern, its text, or a list of those that the layers take in turn, such "
             "as ['Local(128)', 'Strided(128)']; None makes the model dense again"
         )
-    tables: dict[str, list] = {}
-    for pattern in listed:
-        if isinstance(pattern, Pattern):
-            tables |= tables_to_json(pattern.tables())
-    _TABLES.update(tables_from_json(tables))
+    # A text may name the table of a pattern that this process has seen, and the table is saved with it all the same.
+    given = [one if isinstance(one, Pattern) else _read(one) for one in listed]
+    named = {name: table for pattern in given for name, table in pattern.tables().items()}
+    _TABLES.update(named)
     # As patterns write themselves, so that equal patterns make equal configurations.
-    texts = [_saved_text(one) if isinstance(one, Pattern) else str(pattern_of(one)) for one in listed]
+    texts = [_saved_text(pattern) for pattern in given]
     entry: dict[str, Any] = {"patterns": texts}
-    if tables:
-        entry["tables"] = tables
+    if named:
+        entry["tables"] = tables_to_json(named)
     if backend is not None:
         entry["backend"] = backend
     return entry
@@ -139,7 +138,7 @@ class SavedPatterns:
         if "part" in entry:
             choice = {entry["part"]: ATTENTION}
         else:
-            _TABLES.update(tables_from_json(entry.get("tables", {})))
+            _TABLES.update(_named_by_content(entry.get("tables", {})))
             for text in entry["patterns"]:
                 looks_ahead(text)
                 head_rules(text, config.num_attention_heads)
@@ -156,7 +155,8 @@ def _check_entry(config: PreTrainedConfig, entry: Any) -> None:
         return
     texts = entry.get("patterns") if isinstance(entry, Mapping) else None
     listed = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-    if not listed or entry.keys() - {"patterns", "tables", "backend"}:
+    known = isinstance(entry, Mapping) and not entry.keys() - {"patterns", "tables", "backend"}
+    if not (listed and known and isinstance(entry.get("tables", {}), Mapping)):
         raise ArgumentError(
             f"config.longstride={entry!r}: it must be a dict of patterns (a list of texts) and, where there are, "
             "tables and backend, as longstride.sparsify writes it"
@@ -164,9 +164,23 @@ def _check_entry(config: PreTrainedConfig, entry: Any) -> None:
     check_backend(entry.get("backend"))
 
 
+def _named_by_content(tables: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tables of an entry. A text stands for one pattern in a process, so a name stands for one table."""
+    with torch.device("cpu"):  # as in _read
+        named = tables_from_json(tables)
+    for name, table in named.items():
+        (right,) = BlockSparse(table, 1).tables()
+        if name != right:
+            raise ArgumentError(
+                f"config.longstride: the table {name!r} has other blocks than its name says, which would be {right!r}; "
+                "give the pattern itself to longstride.sparsify, which names it"
+            )
+    return named
+
+
 def check_backend(backend: Any) -> None:
     """Raise an ArgumentError unless `backend` is the name of one, or None."""
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise ArgumentError(
             f"backend={backend!r}: known backends are {', '.join(map(repr, BACKENDS))}; None chooses by itself"
         )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from longstride.errors import ArgumentError, UnsupportedError
 from longstride.integrations.transformers.saved import ATTENTION, check_backend, entry_of, pattern_of
-from longstride.models.schedule import read_patterns
+from longstride.models.schedule import check_causal, read_patterns
 from longstride.patterns import Pattern
 
 
@@ -136,7 +136,7 @@ def _check_patterns(model: PreTrainedModel, entry: dict[str, Any]) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     # A decoder that is told so attends in both directions.
     if getattr(config, "is_causal", True) and any(module.is_causal for module in attentions):
-        read_patterns(texts, entry.get("tables"), heads, 2**20 if longest is None else longest)
+        check_causal(read_patterns(texts, entry.get("tables"), heads, 2**20 if longest is None else longest))
         return
     for text in texts:
         pattern = pattern_of(text)
