@@ -192,6 +192,40 @@ def test_text_cut_inside_a_character_and_text_that_is_none(characters):
         subject.encode(b"ab\xff\xfe")
 
 
+@pytest.mark.parametrize("kind", [models.BPE, models.WordLevel])
+def test_tokenizer_that_knows_no_letter_a_still_has_a_first_token(tmp_path, kind):
+    """What stands before every text must not be lost, as with bases of DNA: of "a" this one makes nothing, or raises."""
+    vocabulary = {"<s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}
+    tokenizer = Tokenizer(kind(vocabulary, []) if kind is models.BPE else kind(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(**TINY | {"vocab_size": 5})).save_pretrained(tmp_path)
+    subject = load_subject(tmp_path, CPU)
+    assert subject.context == TINY["n_positions"] - 1
+    assert subject.encode(b"ACGT").tolist() == [1, 2, 3, 4]
+    assert subject.predictor().start == (0,)
+
+
+def test_tokenizer_of_another_model_and_text_that_it_does_not_know(characters):
+    with pytest.raises(ArgumentError, match="the tokenizer makes token 122 of the text, and the model knows 99"):
+        Subject(GPT2LMHeadModel(GPT2Config(**TINY | {"vocab_size": 99})), characters, 32).encode(b"az")
+    words = Tokenizer(models.WordLevel({"known": 0}))
+    subject = Subject(None, PreTrainedTokenizerFast(tokenizer_object=words), None)
+    with pytest.raises(DataError, match="the model's tokenizer cannot read the text: WordLevel error"):
+        subject.encode(b"unknown")
+
+
+def test_code_in_the_folder_is_not_run_even_if_one_would_say_yes(tmp_path, monkeypatch):
+    settings = {"model_type": "theirs", "auto_map": {"AutoConfig": "code.Their", "AutoModelForCausalLM": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ArgumentError, match=r"the model in .* cannot be read: .* contains custom code"):
+        load_subject(tmp_path, CPU)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_command_measures_a_model_with_a_tokenizer(tmp_path, characters):
     dense_copier().save_pretrained(tmp_path / "model")
     characters.save_pretrained(tmp_path / "model")
