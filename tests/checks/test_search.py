@@ -106,6 +106,11 @@ def test_change_that_only_suits_the_searched_windows_is_undone(dense, monkeypatc
     assert (Local(2), Local(16)) in asked
     assert suggestion.patterns[1] == Causal()
     assert suggestion.rise_bits <= 0.05
+    # Of a schedule that is left, these windows no longer show what others would: they have chosen, too.
+    assert suggestion.undone == 2
+    assert str(suggestion).endswith("With 2 changes more it was above that there, so that they were undone.")
+    left = dataclasses.replace(suggestion, patterns=(Local(2), Causal()), undone=1)
+    assert "so that they were undone. This text has chosen, too, and the schedule looks a little better" in str(left)
 
 
 def test_layers_alone_are_not_taken_for_all_together(monkeypatch):
@@ -145,7 +150,8 @@ def test_tables(dense):
     assert lines[1].split() == ["layer", "Local(16)", "Local(31)", "Local(2)", "Local(40)"]
     assert lines[6].split() == ["0", "Local(2)", "6.5%", "changed"]
     assert lines[9].startswith("2 of 2 layers changed; 41.4% of the pairs at 60 bytes are left.")
-    assert "allowed was +0.0500." in lines[10]
+    assert lines[10].endswith("allowed was +0.0500.")
+    assert len(lines) == 11
 
 
 def test_default_candidates_are_causal_and_distinct_at_any_context():
@@ -214,6 +220,7 @@ def test_command_writes_a_schedule_that_evaluate_and_sparsify_take(folder, tmp_p
     import longstride
 
     assert longstride.sparsify(dense_copier(), written["patterns"]).config.longstride["patterns"] == written["patterns"]
+    assert written["measured"]["undone"] == 0
     again = suggest(folder, *asked, "--json", "--output", tmp_path / "other.yaml")
     assert json.loads(again.output)["measured"] == written["measured"]
     tried = CliRunner().invoke(
@@ -236,6 +243,15 @@ def test_command_refuses(folder, arguments, words):
     result = suggest(folder, "--data", folder / "text.txt", *arguments)
     assert result.exit_code == 2
     assert f"error: {words}" in result.output
+
+
+def test_what_was_found_is_said_even_if_it_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    asked = ("--windows", 1, "--pattern", "Local(2)", "--output", tmp_path / "file" / "schedule.yaml")
+    result = suggest(folder, "--data", folder / "text.txt", *asked)
+    assert result.exit_code == 2
+    assert "the schedule cannot be written (File exists); choose another file" in result.output
+    assert "of 2 layers changed" in result.output
 
 
 def test_command_without_a_model_or_data(folder, tmp_path):
