@@ -23,6 +23,7 @@ from longstride.checks import (
 from longstride.checks import search as search_module
 from longstride.cli import app
 from longstride.errors import ArgumentError, DataError, PatternError, UnsupportedError
+from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
 from longstride.patterns import BlockSparse, Causal, Local, Pattern, parse
 from longstride.training import evaluate
 
@@ -142,6 +143,22 @@ def test_model_that_attends_in_a_way_of_its_own_is_refused(dense, monkeypatch):
     monkeypatch.setattr(search_module, "schedule_of", lambda _: (Local(2), Local(2)))
     with pytest.raises(UnsupportedError, match=r"along Local\(2\), which its configuration names, this model's loss"):
         suggest_schedule(dense, REPEATING, SEARCH)
+
+
+def test_model_with_a_memory_is_offered_what_it_can_have(monkeypatch):
+    """Its memory moves on, so it has no first tokens; whoever asks for them is told before anything is measured."""
+    config = SparseTransformerConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=96, memory=32,
+        patterns=["Local(32)"], block="modern",
+    )  # fmt: skip
+    subject = Subject(SparseTransformerForCausalLM(config).eval(), None, 64)
+    search = Search(context=64, tolerance=Tolerance(0.1), windows=1)
+    suggestion = suggest_schedule(subject, REPEATING, search)
+    tried = {str(cost.pattern) for cost in suggestion.costs}
+    assert tried == {"Local(4)", "Local(16)", "Local(8) | Strided(8)"}
+    monkeypatch.setattr(search_module._Yardstick, "bits", None)
+    with pytest.raises(UnsupportedError, match=r"Local\(4\) \| Global\(4\) names positions counted from the beginning"):
+        suggest_schedule(subject, REPEATING, dataclasses.replace(search, candidates=(parse("Local(4) | Global(4)"),)))
 
 
 def test_tables(dense):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from longstride.checks.attending import attending, read_schedule, schedule_of
 from longstride.checks.subject import Subject
 from longstride.checks.tolerance import Tolerance
-from longstride.errors import ArgumentError, DataError, UnsupportedError
+from longstride.errors import ArgumentError, DataError, PatternError, UnsupportedError
 from longstride.patterns import Global, Local, Pattern, Strided
 from longstride.training import Span, side_by_side, window_losses
 
@@ -200,7 +200,7 @@ def suggest_schedule(
     """
     if subject.context is not None and search.context > subject.context:
         raise ArgumentError(f"--context {search.context}: it must be at most the model's, {subject.context:,}")
-    candidates = [read_schedule([one], subject)[0] for one in search.candidates or default_candidates(search.context)]
+    candidates = _candidates(subject, search)
     seen, unseen = _windows(data, search, documents)
     searched, confirmed = (_Yardstick(subject, data, windows, search) for windows in (seen, unseen))
     before = schedule_of(subject)
@@ -271,6 +271,23 @@ class _Yardstick:
         with nullcontext(self.subject) if schedule is None else attending(self.subject, schedule) as tried:
             losses = window_losses(tried.predictor(), self.data, self.windows, self.search.batch_size)
             return np.concatenate([batch[:, first:].double().mean(1).numpy() for _, batch in losses]) / math.log(2)
+
+
+def _candidates(subject: Subject, search: Search) -> list[Pattern]:
+    """Those that were asked for, all of which the model must be able to have; else those of the defaults that it can.
+
+    A model with a memory, for example, has no first tokens.
+    """
+    found = []
+    for one in search.candidates or default_candidates(search.context):
+        schedule = read_schedule([one], subject)
+        try:
+            with attending(subject, schedule):
+                found.append(schedule[0])
+        except (PatternError, UnsupportedError):
+            if search.candidates:
+                raise
+    return found
 
 
 def _windows(data: np.ndarray, search: Search, documents: np.ndarray | None) -> tuple[list[Span], list[Span]]:
