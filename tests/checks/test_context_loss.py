@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from longstride.checks import attending, context_table, loss_by_context, read_schedule
+from longstride.checks import ContextRange, attending, context_table, loss_by_context, read_schedule
 from longstride.checks.context_loss import context_ranges
 from longstride.errors import ArgumentError, DataError
 
@@ -66,6 +66,11 @@ def test_records_begin_windows(subject):
     measured = loss_by_context(subject.predictor(), REPEATING[:300], context=12, record=12, unit="byte")
     assert measured.windows == 25
     assert measured.ranges[-1].most == 11
+
+
+def test_perplexity_that_no_float_holds():
+    assert ContextRange(1, 1, 1, 1023.0, None).perplexity == 2.0**1023
+    assert ContextRange(1, 1, 1, 5000.0, None).perplexity == math.inf
 
 
 def test_one_window_has_no_error(subject):

@@ -1,16 +1,20 @@
 """``longstride evaluate --checks`` and ``--pattern`` from the outside."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tests.copier import copier
+from transformers import Gemma2Config, Gemma2ForCausalLM
 from typer.testing import CliRunner
 
 from longstride.cli import app
 from longstride.data import decode_source, make_kind, prepare
 from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
+from longstride.training import evaluation
 
 NEEDLE = ("--needle", "{key}={value}!")
 
@@ -105,12 +109,46 @@ def test_schedule_that_is_none(folder, text, tmp_path):
     assert f"error: {schedule}: a schedule is YAML with a list of pattern texts under `patterns`" in result.output
 
 
+def test_schedule_with_tables_that_are_none(folder, text, tmp_path):
+    schedule = tmp_path / "schedule.yaml"
+    schedule.write_text("patterns: [Local(3)]\ntables: 5\n")
+    result = evaluate(folder, "--data", text, "--schedule", schedule)
+    assert result.exit_code == 2
+    assert f"error: {schedule}: `tables` of a schedule are tables by name" in result.output
+
+
 def test_folder_that_cannot_be_written(folder, text, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     result = evaluate(folder, "--data", text, "--checks", *NEEDLE, "--trials", 1, "--output", blocked / "checks")
     assert result.exit_code == 2
     assert f"error: cannot write in {blocked}/checks (Not a directory): choose another --output" in result.output
+    # What took so long is not lost.
+    assert "bits per byte over" in result.output
+    assert "guessing has 0.06" in result.output
+
+
+def test_patterns_that_a_model_cannot_have_are_refused_before_anything_is_measured(tmp_path, text, monkeypatch):
+    settings = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    Gemma2ForCausalLM(Gemma2Config(**settings, **heads)).save_pretrained(tmp_path)
+    monkeypatch.setattr(evaluation, "batch_losses", None)
+    result = evaluate(tmp_path, "--data", text, "--pattern", "Local(4)")
+    assert result.exit_code == 2
+    assert "error: Gemma2ForCausalLM caps its scores (attn_logit_softcapping)" in result.output
+
+
+def test_model_of_no_numbers_is_told_and_no_json_is_printed(tmp_path, text):
+    model = copier("Causal()")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    model.save_pretrained(tmp_path)
+    for asked in (("evaluate",), ("suggest",)):
+        result = CliRunner().invoke(app, [*asked, str(tmp_path), "--data", str(text), "--json"])
+        assert result.exit_code == 2
+        assert result.output.startswith(
+            "error: the model's loss is nan at a token of the data: its weights, or what it"
+        )
 
 
 def test_data_that_are_no_text_have_no_needles(tmp_path):

@@ -23,7 +23,7 @@ from longstride.checks import (
     schedule_of,
 )
 from longstride.cli import app
-from longstride.errors import ArgumentError, DataError, PatternError
+from longstride.errors import ArgumentError, DataError, PatternError, UnsupportedError
 
 CPU = torch.device("cpu")
 TEXT = b"0123456789 .,;" * 40
@@ -116,6 +116,37 @@ def test_model_is_along_the_patterns_that_its_configuration_names(name):
         assert torch.equal(model(tokens).logits, before)
 
 
+def test_model_in_which_some_layers_do_not_attend_has_no_schedule():
+    """Convolutions would cost nothing along any pattern, and would be said to save pairs."""
+    mixed = SMALL | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+    model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**mixed))
+    with pytest.raises(
+        UnsupportedError, match=r"layers 0, 2 of this Lfm2ForCausalLM do not attend, so that no pattern"
+    ):
+        schedule_of(Subject(model, None, 64))
+
+
+def test_language_model_with_others_beside_it_keeps_its_patterns():
+    """It has the patterns in its own configuration, which the whole's only points at."""
+    text = SMALL | {"head_dim": 8, "num_key_value_heads": 2, "sliding_window": 8, "layer_types": ["full_attention"] * 2}
+    seeing = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**text | {"pad_token_id": 0}),
+        vision_config=seeing | {"image_size": 28, "patch_size": 14},
+        image_token_index=299, boi_token_index=298, eoi_token_index=297, mm_tokens_per_image=4,
+    )  # fmt: skip
+    model = sparsify(transformers.Gemma3ForConditionalGeneration(config).eval(), "Local(3)", backend="reference")
+    subject = Subject(model, None, 64)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(tokens).logits
+        with attending(subject, read_schedule(["Causal()"], subject)) as dense:
+            assert not torch.allclose(dense.model(tokens).logits, before)
+        assert torch.equal(model(tokens).logits, before)
+    assert model.config.text_config.longstride == {"patterns": ["Local(3)"], "backend": "reference"}
+    assert model.config.longstride == {"part": "text_config"}
+
+
 def test_model_that_was_sparsified_before_keeps_its_patterns(tmp_path):
     model = sparsify(GPT2LMHeadModel(GPT2Config(**TINY | {"n_layer": 2})), "Local(3)")
     model.save_pretrained(tmp_path)
@@ -190,6 +221,40 @@ def test_text_cut_inside_a_character_and_text_that_is_none(characters):
     assert subject.encode("é".encode()[:1]).tolist() == []
     with pytest.raises(DataError, match=r"byte 2 of the text is not UTF-8, which the model's tokenizer reads"):
         subject.encode(b"ab\xff\xfe")
+
+
+@pytest.mark.parametrize("kind", [models.BPE, models.WordLevel])
+def test_tokenizer_that_knows_no_letter_a_still_has_a_first_token(tmp_path, kind):
+    """What stands before every text must not be lost, though of "a" this one makes nothing, or raises: bases of DNA."""
+    vocabulary = {"<s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}
+    tokenizer = Tokenizer(kind(vocabulary, []) if kind is models.BPE else kind(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(**TINY | {"vocab_size": 5})).save_pretrained(tmp_path)
+    subject = load_subject(tmp_path, CPU)
+    assert subject.context == TINY["n_positions"] - 1
+    assert subject.encode(b"ACGT").tolist() == [1, 2, 3, 4]
+    assert subject.predictor().start == (0,)
+
+
+def test_tokenizer_of_another_model_and_text_that_it_does_not_know(characters):
+    with pytest.raises(ArgumentError, match="the tokenizer makes token 122 of the text, and the model knows 99"):
+        Subject(GPT2LMHeadModel(GPT2Config(**TINY | {"vocab_size": 99})), characters, 32).encode(b"az")
+    words = Tokenizer(models.WordLevel({"known": 0}))
+    subject = Subject(None, PreTrainedTokenizerFast(tokenizer_object=words), None)
+    with pytest.raises(DataError, match="the model's tokenizer cannot read the text: WordLevel error"):
+        subject.encode(b"unknown")
+
+
+def test_code_in_the_folder_is_not_run_even_if_one_would_say_yes(tmp_path, monkeypatch):
+    settings = {"model_type": "theirs", "auto_map": {"AutoConfig": "code.Their", "AutoModelForCausalLM": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ArgumentError, match=r"the model in .* cannot be read: .* contains custom code"):
+        load_subject(tmp_path, CPU)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_command_measures_a_model_with_a_tokenizer(tmp_path, characters):

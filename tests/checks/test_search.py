@@ -23,6 +23,7 @@ from longstride.checks import (
 from longstride.checks import search as search_module
 from longstride.cli import app
 from longstride.errors import ArgumentError, DataError, PatternError, UnsupportedError
+from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM
 from longstride.patterns import BlockSparse, Causal, Local, Pattern, parse
 from longstride.training import evaluate
 
@@ -106,6 +107,11 @@ def test_change_that_only_suits_the_searched_windows_is_undone(dense, monkeypatc
     assert (Local(2), Local(16)) in asked
     assert suggestion.patterns[1] == Causal()
     assert suggestion.rise_bits <= 0.05
+    # Of a schedule that is left, these windows no longer show what others would: they have chosen, too.
+    assert suggestion.undone == 2
+    assert str(suggestion).endswith("With 2 changes more it was above that there, so that they were undone.")
+    left = dataclasses.replace(suggestion, patterns=(Local(2), Causal()), undone=1)
+    assert "so that they were undone. This text has chosen, too, and the schedule looks a little better" in str(left)
 
 
 def test_layers_alone_are_not_taken_for_all_together(monkeypatch):
@@ -139,13 +145,30 @@ def test_model_that_attends_in_a_way_of_its_own_is_refused(dense, monkeypatch):
         suggest_schedule(dense, REPEATING, SEARCH)
 
 
+def test_model_with_a_memory_is_offered_what_it_can_have(monkeypatch):
+    """Its memory moves on, so it has no first tokens; whoever asks for them is told before anything is measured."""
+    config = SparseTransformerConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=96, memory=32,
+        patterns=["Local(32)"], block="modern",
+    )  # fmt: skip
+    subject = Subject(SparseTransformerForCausalLM(config).eval(), None, 64)
+    search = Search(context=64, tolerance=Tolerance(0.1), windows=1)
+    suggestion = suggest_schedule(subject, REPEATING, search)
+    tried = {str(cost.pattern) for cost in suggestion.costs}
+    assert tried == {"Local(4)", "Local(16)", "Local(8) | Strided(8)"}
+    monkeypatch.setattr(search_module._Yardstick, "bits", None)
+    with pytest.raises(UnsupportedError, match=r"Local\(4\) \| Global\(4\) names positions counted from the beginning"):
+        suggest_schedule(subject, REPEATING, dataclasses.replace(search, candidates=(parse("Local(4) | Global(4)"),)))
+
+
 def test_tables(dense):
     lines = str(suggest_schedule(dense, REPEATING, SEARCH)).splitlines()
     assert lines[0] == "bits per byte more with one layer alone along"
     assert lines[1].split() == ["layer", "Local(16)", "Local(31)", "Local(2)", "Local(40)"]
     assert lines[6].split() == ["0", "Local(2)", "6.5%", "changed"]
     assert lines[9].startswith("2 of 2 layers changed; 41.4% of the pairs at 60 bytes are left.")
-    assert "allowed was +0.0500." in lines[10]
+    assert lines[10].endswith("allowed was +0.0500.")
+    assert len(lines) == 11
 
 
 def test_default_candidates_are_causal_and_distinct_at_any_context():
@@ -214,6 +237,7 @@ def test_command_writes_a_schedule_that_evaluate_and_sparsify_take(folder, tmp_p
     import longstride
 
     assert longstride.sparsify(dense_copier(), written["patterns"]).config.longstride["patterns"] == written["patterns"]
+    assert written["measured"]["undone"] == 0
     again = suggest(folder, *asked, "--json", "--output", tmp_path / "other.yaml")
     assert json.loads(again.output)["measured"] == written["measured"]
     tried = CliRunner().invoke(
@@ -236,6 +260,15 @@ def test_command_refuses(folder, arguments, words):
     result = suggest(folder, "--data", folder / "text.txt", *arguments)
     assert result.exit_code == 2
     assert f"error: {words}" in result.output
+
+
+def test_what_was_found_is_said_even_if_it_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    asked = ("--windows", 1, "--pattern", "Local(2)", "--output", tmp_path / "file" / "schedule.yaml")
+    result = suggest(folder, "--data", folder / "text.txt", *asked)
+    assert result.exit_code == 2
+    assert "the schedule cannot be written (File exists); choose another file" in result.output
+    assert "of 2 layers changed" in result.output
 
 
 def test_command_without_a_model_or_data(folder, tmp_path):

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from longstride.errors import ArgumentError, DataError
-from longstride.training import evaluate
+import longstride.training.evaluation as evaluation
+from longstride.errors import ArgumentError, DataError, LongstrideError
+from longstride.training import evaluate, side_by_side
 from longstride.training.evaluation import order0_entropy, spans, xz_bits_per_byte
 
 RANDOM = np.random.default_rng(0)
@@ -83,7 +85,63 @@ def test_model_comes_back_in_the_mode_that_it_had():
     assert model.training
 
 
+def test_windows_side_by_side_stay_within_their_document():
+    documents = np.array([0, 3, 3, 20, 29])
+    assert [(span.start, span.length) for span in side_by_side(29, 4, 1, documents)] == [
+        (3, 4), (8, 4), (13, 4), (20, 4)
+    ]  # fmt: skip
+    assert [span.start for span in side_by_side(29, 4, 1)] == [0, 5, 10, 15, 20]
+    assert [(span.start, span.length) for span in side_by_side(29, 4, 6)] == [(0, 3), (6, 3), (12, 3), (18, 3), (24, 3)]
+
+
+def test_seconds_are_the_models_alone(monkeypatch):
+    """Compressing with xz -9e can take longer than the model did."""
+    clock = [0.0]
+
+    def slow(_):
+        clock[0] += 100.0
+        return 1.0
+
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(evaluation, "xz_bits_per_byte", slow)
+    text = RANDOM.integers(0, 256, 50, dtype=np.uint8)
+    assert evaluate(Unigram(torch.zeros(256)), text, context=8, min_context=1).elapsed_s == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_no_numbers_are_refused(value):
+    logits = torch.zeros(256)
+    logits[7] = value
+    with pytest.raises(LongstrideError, match=r"the model's loss is (nan|inf) at a token of the data"):
+        evaluate(Unigram(logits), np.arange(50, dtype=np.uint8), context=8, min_context=1)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest float32 tensor has that is made meanwhile."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def test_logits_are_float32_a_piece_at_a_time(monkeypatch):
+    text = RANDOM.integers(0, 256, 500, dtype=np.uint8)
+    model = Unigram(torch.randn(256, generator=torch.Generator().manual_seed(0)).bfloat16())
+    whole = evaluate(model, text, context=40, min_context=20)
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 8 * 256 * 3)
+    with Largest() as largest:
+        pieces = evaluate(model, text, context=40, min_context=20)
+    assert pieces.bits_per_byte == pytest.approx(whole.bits_per_byte, abs=1e-6)
+    assert 0 < largest.numbers <= 8 * 256 * 3
+
+
 def test_order0_entropy():
+    assert str(order0_entropy(np.zeros(100, dtype=np.uint8))) == "0.0"
     assert order0_entropy(np.arange(256, dtype=np.uint8)) == pytest.approx(8)
     assert order0_entropy(np.zeros(100, dtype=np.uint8)) == 0
     three_to_one = np.array([1, 1, 1, 2], dtype=np.uint8)

@@ -246,5 +246,7 @@ def test_windows_of_records_stand_side_by_side_in_an_evaluation():
     assert [span.start for span in record_spans(100, 30, 12)] == [0, 36]
     with pytest.raises(ArgumentError, match=r"--min-context 5: .*it must be 1"):
         evaluate(model, data, context=12, min_context=5, record=12)
+    with pytest.raises(ArgumentError, match="--context 1: a window has a first token, which is not predicted"):
+        evaluate(model, data, context=1, min_context=1, record=12)
     with pytest.raises(DataError, match="11 tokens are too few"):
         evaluate(model, data[:11], context=12, min_context=1, record=12)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from longstride.checks.subject import PROBE_TOKENS, Predictor
 from longstride.cli import app
 from longstride.data import decode_source, make_kind, open_source, prepare
-from longstride.errors import ArgumentError, RecipeError, UnsupportedError
+from longstride.errors import ArgumentError, DataError, RecipeError, UnsupportedError
 from longstride.models import SegmentMemory, SparseTransformerConfig, SparseTransformerForCausalLM
 from longstride.training import (
     Recipe,
@@ -253,6 +254,66 @@ def test_packed_documents_are_measured_apart(block):
     assert result.bits_per_byte == pytest.approx(float(bits(model, pieces).mean()), abs=1e-5)
     with pytest.raises(ArgumentError, match="--min-context 4: documents that do not see one another"):
         evaluate_as_trained(model, TEXT, min_context=4, documents=documents)
+
+
+def test_packed_documents_in_shorter_windows():
+    model = small_model()
+    documents = np.array([0, 1, 90, 200, 333, 700])
+    result = evaluate_as_trained(model, TEXT, min_context=1, context=10, documents=documents)
+    cuts = np.unique(np.concatenate([documents[1:-1], np.arange(10, 700, 10)]))
+    pieces = [piece for piece in np.split(TEXT, cuts) if len(piece) > 1]
+    assert result.max_context == 9
+    assert result.bits_per_byte == pytest.approx(float(bits(model, pieces).mean()), abs=1e-5)
+    for context, words in (
+        (17, "this model was trained with 16 tokens in a window, and that is the most"),
+        (1, "a win"),
+    ):
+        with pytest.raises(ArgumentError, match=f"--context {context}: {words}"):
+            evaluate_as_trained(model, TEXT, min_context=1, context=context, documents=documents)
+    remembering = small_model(memory=16, patterns=["Local(6)"], max_position_embeddings=32)
+    with pytest.raises(ArgumentError, match="--context 10: this model was trained with 16 tokens in a segment"):
+        evaluate_as_trained(remembering, TEXT, min_context=1, context=10)
+
+
+def test_documents_of_one_token_predict_nothing():
+    with pytest.raises(DataError, match="32 bytes are too few to evaluate: none of them has another before it"):
+        evaluate_as_trained(small_model(), TEXT[:32], min_context=1, documents=np.arange(33))
+
+
+def test_checks_and_search_of_a_packed_run_stay_within_documents(monkeypatch, start):
+    """The lines have 39 to 160 bytes. Every window must be a piece of one of them, which the model saw alone."""
+    run = start("a", data__documents="packed", data__context=64, schedule__steps=1)
+    run.train().model.save_pretrained(run.folder.model)
+    seen = []
+    predict = Predictor.forward
+
+    def recorded(self, input_ids, logits_to_keep=0):
+        if not logits_to_keep and input_ids.shape[1] > PROBE_TOKENS:
+            seen.extend(bytes(row.tolist()).decode() for row in input_ids)
+        return predict(self, input_ids, logits_to_keep)
+
+    monkeypatch.setattr(Predictor, "forward", recorded)
+    for command in (["evaluate", "--checks", "--needle", "{key}={value}!", "--trials", "1"], ["suggest"]):
+        seen.clear()
+        asked = [command[0], str(run.folder.path), *command[1:], "--split", "train", "--context", "40"]
+        done = CliRunner().invoke(app, asked)
+        assert done.exit_code == 0, done.output
+        assert "Every window is of one document" in done.output
+        assert seen
+        assert {len(piece) for piece in seen} == {40}
+        assert [piece for piece in seen if not any(piece in line for line in LINES)] == []
+    done = CliRunner().invoke(app, ["suggest", str(run.folder.path), "--split", "test", "--max-bytes", "90"])
+    assert "needs two windows of 64 within single documents, which are all that this model sees at once" in done.output
+    figures = CliRunner().invoke(app, ["evaluate", str(run.folder.path), "--context", "20", "--json"])
+    assert json.loads(figures.output)["max_context"] == 19
+
+
+def test_checks_of_a_run_with_a_memory_say_that_it_is_empty(start):
+    run = start("a", model__memory=16, data__kind="bytes", schedule__steps=1)
+    run.train().model.save_pretrained(run.folder.model)
+    done = CliRunner().invoke(app, ["suggest", str(run.folder.path), "--windows", "1", "--pattern", "Local(2)"])
+    assert done.exit_code == 0, done.output
+    assert "Every window is read by itself: the model's memory is empty where it begins." in done.output
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -10,7 +10,7 @@ import torch
 
 from longstride.checks.schedule_file import patterns_in
 from longstride.checks.subject import Subject
-from longstride.errors import ArgumentError, PatternError
+from longstride.errors import ArgumentError, PatternError, UnsupportedError
 from longstride.integrations.transformers import ATTENTION, sparsify
 from longstride.models import SparseTransformerForCausalLM, layer_patterns
 from longstride.models.schedule import read_patterns
@@ -52,9 +52,13 @@ def schedule_of(subject: Subject) -> tuple[Pattern, ...]:
 
     A model of another architecture is read by its configuration: layers that transformers gives a sliding window are
     ``Local``. What else a model may do is not in there.
+
+    Raises:
+        UnsupportedError: some layers do not attend, but mix tokens in another way.
     """
     if isinstance(subject.model, SparseTransformerForCausalLM):
         return layer_patterns(subject.model.config)
+    _check_every_layer_attends(subject)
     config = subject.model.config.get_text_config()
     if hasattr(config, ATTENTION):
         entry = config.longstride
@@ -63,6 +67,17 @@ def schedule_of(subject: Subject) -> tuple[Pattern, ...]:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * subject.num_layers
     return tuple(Local(window) if window and kind == "sliding_attention" else Causal() for kind in kinds)
+
+
+def _check_every_layer_attends(subject: Subject) -> None:
+    # By transformers' convention attention layers say whether they are causal, and know their numbers.
+    numbers = {getattr(module, "layer_idx", None) for module in subject.model.modules() if hasattr(module, "is_causal")}
+    others = sorted(set(range(subject.num_layers)) - numbers)
+    if numbers - {None} and others:
+        raise UnsupportedError(
+            f"layers {', '.join(map(str, others))} of this {type(subject.model).__name__} do not attend, so that no "
+            "pattern says which tokens they read, nor what they cost; take a model in which every layer attends"
+        )
 
 
 @contextmanager
@@ -83,15 +98,19 @@ def attending(subject: Subject, patterns: Sequence[Pattern]) -> Generator[Subjec
     if isinstance(model, SparseTransformerForCausalLM):
         yield dataclasses.replace(subject, model=_rebuilt(model, patterns))
         return
-    entry = copy.deepcopy(getattr(model.config, ATTENTION, None))
+    # Of a model of several parts, the language model has the patterns.
+    config = model.config.get_text_config()
+    entry = copy.deepcopy(getattr(config, ATTENTION, None))
+    before = None if entry is None else list(schedule_of(subject))
     implementation = model.config._attn_implementation
     try:
         yield dataclasses.replace(subject, model=sparsify(model, list(patterns)))
     finally:
-        sparsify(model, None)
-        model.set_attn_implementation(implementation)
-        if entry is not None:
-            model.config.longstride = entry
+        sparsify(model, before, backend=None if entry is None else entry.get("backend"))
+        if entry is None:
+            model.set_attn_implementation(implementation)
+        else:
+            config.longstride = entry  # as it was written, not once for each layer
 
 
 def _rebuilt(model: SparseTransformerForCausalLM, patterns: Sequence[Pattern]) -> SparseTransformerForCausalLM:

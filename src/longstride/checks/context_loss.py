@@ -6,6 +6,7 @@ curve that goes flat, or rises, from where the pattern no longer reaches.
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from longstride.errors import ArgumentError, DataError
-from longstride.training import record_spans, window_losses
+from longstride.training import side_by_side, window_losses
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class ContextRange:
 
     @property
     def perplexity(self) -> float:
-        return 2**self.bits
+        # What no float holds.
+        return 2**self.bits if self.bits < sys.float_info.max_exp else math.inf
 
 
 @dataclass(frozen=True)
@@ -69,30 +71,35 @@ def loss_by_context(
     progress: bool = False,
     record: int = 1,
     unit: str = "byte",
+    documents: np.ndarray | None = None,
 ) -> LossByContext:
     """Measure a model on windows of a text, every prediction of each.
 
     Args:
         model, data, batch_size, progress, record, unit: as in `longstride.training.evaluate`.
         context: the most tokens before a prediction; with records, tokens in a window.
+        documents: int64[documents + 1], where documents begin, and the end, for a model of documents that do not see
+            one another: each window is of one of them.
 
     Raises:
         ArgumentError: a context below 1.
         DataError: the text has not one such window.
+        LongstrideError: a loss is no finite number.
     """
     if context < 1:
         raise ArgumentError(f"--context {context}: it must be at least 1")
-    windows = list(record_spans(len(data), context + 1 if record == 1 else context, record))
+    windows = side_by_side(len(data), context, record, documents)
     if not windows:
+        where = "fits in" if documents is None else "fits into one document, which is all that this model sees at once"
         raise DataError(
-            f"{len(data):,} {unit}s are too few: not one window with {context:,} {unit}s of context fits in; give more "
+            f"{len(data):,} {unit}s are too few: not one window with {context:,} {unit}s of context {where}; give more "
             "data or a smaller --context"
         )
     ranges = context_ranges(windows[0].length)
     means = []  # [windows, ranges]
     for _, losses in window_losses(model, data, windows, batch_size, progress):
         bits = losses.double() / math.log(2)
-        means.append(torch.stack([bits[:, fewest - 1 : most].mean(1) for fewest, most in ranges], dim=1).cpu())
+        means.append(torch.stack([bits[:, fewest - 1 : most].mean(1) for fewest, most in ranges], dim=1))
     by_window = torch.cat(means)
     return LossByContext(
         tuple(

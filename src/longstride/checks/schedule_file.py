@@ -55,5 +55,8 @@ def patterns_in(path: Path) -> list[Pattern]:
     texts = written.get("patterns") if isinstance(written, dict) else None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ArgumentError(f"{path}: a schedule is YAML with a list of pattern texts under `patterns`")
-    tables = tables_from_json(written.get("tables") or {})
+    tables = written.get("tables") or {}
+    if not isinstance(tables, dict):
+        raise ArgumentError(f"{path}: `tables` of a schedule are tables by name, as `longstride suggest` writes them")
+    tables = tables_from_json(tables)
     return [parse(text, tables=tables) for text in texts]

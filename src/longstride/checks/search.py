@@ -5,7 +5,8 @@
    with all that were taken before it, and taken if the whole stays within the tolerance: what single layers cost does
    not add up, so it decides the order and nothing else.
 3. The result is measured on windows that neither step saw, beside the model as it is: a search finds what suits its
-   own windows, and looks better there than it is. While the rise is above the tolerance, the last change is undone.
+   own windows, and looks better there than it is. While the rise is above the tolerance, the last change is undone;
+   then these windows have chosen, too, and the rise that they show is somewhat low. `Suggestion.undone` says so.
 
 Loss is the mean of -log2 p(token) over the second half of each window, as in `longstride.training.evaluate`.
 """
@@ -21,9 +22,9 @@ from tqdm import tqdm
 from longstride.checks.attending import attending, read_schedule, schedule_of
 from longstride.checks.subject import Subject
 from longstride.checks.tolerance import Tolerance
-from longstride.errors import ArgumentError, DataError, UnsupportedError
+from longstride.errors import ArgumentError, DataError, PatternError, UnsupportedError
 from longstride.patterns import Global, Local, Pattern, Strided
-from longstride.training import Span, record_spans, window_losses
+from longstride.training import Span, side_by_side, window_losses
 
 # Numbers alone may move a loss by so much, in bits; more says that a model attends in a way of its own.
 MOST_NUMERICAL_BITS = 0.01
@@ -81,6 +82,8 @@ class LayerCost:
 class Suggestion:
     """A schedule, and what was measured of it. Losses are in bits a token, of windows that the search did not see.
 
+    They are unbiased for windows of the text where nothing was undone.
+
     Args:
         before, patterns: the pattern of each layer, before and in the schedule.
         costs: what each layer costs alone, on the search's own windows.
@@ -89,6 +92,8 @@ class Suggestion:
         tolerance_bits: how much it was allowed to rise.
         pairs_before, pairs: of each layer, over all heads, at the whole context.
         windows: how many windows the search had; as many others confirm it, or one fewer.
+        undone: changes that were within the tolerance on the search's windows, and taken back because all were not on
+            the others.
     """
 
     before: tuple[Pattern, ...]
@@ -103,6 +108,7 @@ class Suggestion:
     context: int
     windows: int
     unit: str = "byte"
+    undone: int = 0
 
     @property
     def rise_bits(self) -> float:
@@ -141,13 +147,19 @@ class Suggestion:
     def _verdict(self) -> str:
         changed = sum(old != new for old, new in zip(self.before, self.patterns, strict=True))
         error = "" if self.standard_error_bits is None else f" (standard error {self.standard_error_bits:.4f})"
-        return (
+        said = (
             f"{changed} of {len(self.patterns)} layers changed; {self.pairs_left:.1%} of the pairs at "
             f"{self.context:,} {self.unit}s are left.\n"
             f"Measured as a whole, on text that the search did not see: {self.bits_before:.4f} bits per {self.unit} as "
             f"it is, {self.bits:.4f} along the schedule, {self.rise_bits:+.4f}{error}; allowed was "
             f"{self.tolerance_bits:+.4f}."
         )
+        if self.undone:
+            more = f"{self.undone} change{'s' if self.undone > 1 else ''}"
+            said += f"\nWith {more} more it was above that there, so that they were undone."
+            if changed:
+                said += " This text has chosen, too, and the schedule looks a little better on it than elsewhere."
+        return said
 
 
 def default_candidates(context: int) -> tuple[Pattern, ...]:
@@ -163,11 +175,20 @@ def default_candidates(context: int) -> tuple[Pattern, ...]:
     return tuple(dict.fromkeys([*found, Local(stride) | Strided(stride)]))
 
 
-def suggest_schedule(subject: Subject, data: np.ndarray, search: Search, *, progress: bool = False) -> Suggestion:
+def suggest_schedule(
+    subject: Subject,
+    data: np.ndarray,
+    search: Search,
+    *,
+    documents: np.ndarray | None = None,
+    progress: bool = False,
+) -> Suggestion:
     """Search for a schedule that keeps the loss on a text within the tolerance.
 
     Args:
         data: [tokens] of the text, as `Subject.encode` gives them.
+        documents: int64[documents + 1], where documents begin, and the end, for a model of documents that do not see
+            one another: each window is of one of them.
         progress: show bars on a terminal.
 
     Raises:
@@ -175,11 +196,12 @@ def suggest_schedule(subject: Subject, data: np.ndarray, search: Search, *, prog
         DataError: the text has not two windows.
         PatternError: a candidate that the model cannot have.
         UnsupportedError: the model does not attend as its configuration says, or patterns have no place in it.
+        LongstrideError: a loss is no finite number.
     """
     if subject.context is not None and search.context > subject.context:
         raise ArgumentError(f"--context {search.context}: it must be at most the model's, {subject.context:,}")
-    candidates = [read_schedule([one], subject)[0] for one in search.candidates or default_candidates(search.context)]
-    seen, unseen = _windows(data, search)
+    candidates = _candidates(subject, search)
+    seen, unseen = _windows(data, search, documents)
     searched, confirmed = (_Yardstick(subject, data, windows, search) for windows in (seen, unseen))
     before = schedule_of(subject)
     base = searched.bits(None)
@@ -211,6 +233,7 @@ def suggest_schedule(subject: Subject, data: np.ndarray, search: Search, *, prog
 
     base = confirmed.bits(None)
     tolerance_bits = search.tolerance.in_bits(base.mean().item())
+    found = len(taken)
     bits = base if len(taken) == 1 else confirmed.bits(taken[-1])
     while len(taken) > 1 and (bits - base).mean() > tolerance_bits:
         taken.pop()
@@ -228,6 +251,7 @@ def suggest_schedule(subject: Subject, data: np.ndarray, search: Search, *, prog
         context=search.context,
         windows=len(seen),
         unit=search.unit,
+        undone=found - len(taken),
     )
 
 
@@ -246,18 +270,34 @@ class _Yardstick:
         first = max(0, self.search.context // 2 - 1) if self.search.record == 1 else 0
         with nullcontext(self.subject) if schedule is None else attending(self.subject, schedule) as tried:
             losses = window_losses(tried.predictor(), self.data, self.windows, self.search.batch_size)
-            return np.concatenate([batch[:, first:].double().mean(1).cpu().numpy() for _, batch in losses]) / math.log(
-                2
-            )
+            return np.concatenate([batch[:, first:].double().mean(1).numpy() for _, batch in losses]) / math.log(2)
 
 
-def _windows(data: np.ndarray, search: Search) -> tuple[list[Span], list[Span]]:
+def _candidates(subject: Subject, search: Search) -> list[Pattern]:
+    """Those that were asked for, all of which the model must be able to have; else those of the defaults that it can.
+
+    A model with a memory, for example, has no first tokens.
+    """
+    found = []
+    for one in search.candidates or default_candidates(search.context):
+        schedule = read_schedule([one], subject)
+        try:
+            with attending(subject, schedule):
+                found.append(schedule[0])
+        except (PatternError, UnsupportedError):
+            if search.candidates:
+                raise
+    return found
+
+
+def _windows(data: np.ndarray, search: Search, documents: np.ndarray | None) -> tuple[list[Span], list[Span]]:
     """Windows spread evenly over the text, by turns for the search and for the confirmation of its result."""
-    every = list(record_spans(len(data), search.context + 1 if search.record == 1 else search.context, search.record))
+    every = side_by_side(len(data), search.context, search.record, documents)
     if len(every) < 2:
+        where = "" if documents is None else " within single documents, which are all that this model sees at once"
         raise DataError(
-            f"{len(data):,} {search.unit}s are too few: the search needs two windows of {search.context:,}, one for "
-            "itself and one for its result; give more data or a smaller --context"
+            f"{len(data):,} {search.unit}s are too few: the search needs two windows of {search.context:,}{where}, one "
+            "for itself and one for its result; give more data or a smaller --context"
         )
     count = min(2 * search.windows, len(every))
     chosen = [every[number * len(every) // count] for number in range(count)]

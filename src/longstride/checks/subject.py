@@ -72,8 +72,9 @@ class Subject:
             text: bytes, or uint8[bytes].
 
         Raises:
-            ArgumentError: the model has no tokenizer, and knows too few tokens for bytes.
-            DataError: the model has a tokenizer, and the text is not UTF-8.
+            ArgumentError: the model has no tokenizer, and knows too few tokens for bytes; or its tokenizer has tokens
+                that the model does not know.
+            DataError: the model has a tokenizer, and the text is not UTF-8, or not of what the tokenizer knows.
         """
         if self.tokenizer is None:
             if self.vocab_size < 256:
@@ -90,8 +91,17 @@ class Subject:
                 f"byte {error.start:,} of the text is not UTF-8, which the model's tokenizer reads: give plain text"
             ) from error
         # A text longer than the context is what is wanted here, and no reason to warn.
-        tokens = self.tokenizer(characters, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.asarray(tokens, dtype=np.int32)
+        try:
+            listed = self.tokenizer(characters, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # the fast tokenizers raise nothing narrower
+            raise DataError(f"the model's tokenizer cannot read the text: {_first_line(error)}") from error
+        tokens = np.asarray(listed, dtype=np.int32)
+        if tokens.size and tokens.max() >= self.vocab_size:
+            raise ArgumentError(
+                f"the tokenizer makes token {tokens.max()} of the text, and the model knows {self.vocab_size}: the "
+                "tokenizer in the folder is another model's; save the model's own there"
+            )
+        return tokens
 
     def predictor(self) -> "Predictor":
         """The model as a map from the tokens of a text to logits."""
@@ -168,7 +178,9 @@ def load_causal_lm(folder: Path, device: torch.device) -> Any:
     # Reading a few small files needs no bar.
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device).eval()
+        # Unless told so, transformers asks whether to run the folder's code, and runs it if the answer is yes.
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return model.to(device).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ArgumentError(f"the model in {folder} cannot be read: {_first_line(error)}") from error
 
@@ -180,7 +192,7 @@ def _load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ArgumentError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
 
@@ -204,9 +216,18 @@ def _check_causal(model: Any, folder: Path, context: int | None) -> None:
 
 def _first_tokens(tokenizer: Any) -> tuple[int, ...]:
     """What a tokenizer puts before every text, and not what it may put behind it."""
-    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    where = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
-    return tuple(whole[:where])
+    # A tokenizer of few tokens may make nothing of a letter; of its own tokens there is one that it reads. Those that
+    # mark something may be what it puts there.
+    marks = set(tokenizer.all_special_ids)
+    for text in ("a", *tokenizer.get_vocab()):
+        try:
+            whole, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+        except Exception:  # as above: this one knows no such letter
+            continue
+        for place in range(len(whole)):
+            if bare and not marks & set(bare) and whole[place : place + len(bare)] == bare:
+                return tuple(whole[:place])
+    return ()
 
 
 def _first_line(error: Exception) -> str:

@@ -60,6 +60,7 @@ def run_checks(subject: "Subject", text: "Text", haystack: "Haystack | None", co
         progress=True,
         record=text.record,
         unit=text.unit,
+        documents=text.documents,
     )
     return Checked(by_context, needles)
 

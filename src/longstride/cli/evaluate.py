@@ -93,7 +93,7 @@ def evaluate(
     """
     from longstride.checks import attending, load_subject, read_schedule
     from longstride.cli.checked import choose_haystack, run_checks, show_checks, write_checks
-    from longstride.cli.saved import choose_batch_size, choose_context, read_text
+    from longstride.cli.saved import choose_batch_size, choose_context, how_it_is_read, read_text
     from longstride.errors import ArgumentError
     from longstride.training import resolve_device
 
@@ -114,6 +114,9 @@ def evaluate(
     haystack = choose_haystack(subject, context, hiding) if checks and text.is_text else None
     if not json_output:
         typer.echo(f"Evaluating on {len(text.tokens):,} {text.unit}s of {text.name}.")
+    if others is not None:
+        with attending(subject, others):
+            pass  # patterns that the model cannot have are refused before anything is measured
     evaluations, checked = {}, {}
     for name, patterns in {AS_IT_IS: None, **({} if others is None else {OTHERWISE: others})}.items():
         with nullcontext(subject) if patterns is None else attending(subject, patterns) as seen:
@@ -126,9 +129,12 @@ def evaluate(
         figures[OTHERWISE]["patterns"] = [str(pattern) for pattern in others]
     if checked:
         figures["checks"] = {name: dataclasses.asdict(entry) for name, entry in checked.items()}
-    written = write_checks(checked, run / "checks" if output is None else output, text) if checked else []
+    folder = run / "checks" if output is None else output
+    # What was measured is said first: files that cannot be written do not take it along.
     if json_output:
-        typer.echo(json.dumps(figures, indent=2))
+        typer.echo(json.dumps(figures, indent=2, allow_nan=False))
+        if checked:
+            write_checks(checked, folder, text)
         return
     typer.echo(str(evaluations[AS_IT_IS]))
     if text.text_bytes is not None:
@@ -140,9 +146,9 @@ def evaluate(
         first_line = str(evaluations[OTHERWISE]).splitlines()[0]
         typer.echo(f"\nOtherwise, along {along}: {more:+.4f} bits per {text.unit}\n{first_line}")
     if checked:
-        typer.echo(f"\n{show_checks(checked, text)}\n")
-    for path in written:
-        typer.echo(f"{path.stem:<12}{path}")
+        typer.echo("\n".join(["", show_checks(checked, text), *how_it_is_read(subject, text), ""]))
+        for path in write_checks(checked, folder, text):
+            typer.echo(f"{path.stem:<12}{path}")
 
 
 def _option(hiding: dict[str, Any]) -> str:
@@ -161,7 +167,7 @@ def _measure(subject: "Subject", text: "Text", context: int, min_context: int | 
     how: dict[str, Any] = {"min_context": min_context, "batch_size": batch_size, "progress": True}
     how |= {"record": text.record, "unit": text.unit}
     if text.documents is not None or getattr(subject.model.config, "memory", 0):
-        evaluation = evaluate_as_trained(subject.model, text.tokens, documents=text.documents, **how)
+        evaluation = evaluate_as_trained(subject.model, text.tokens, context=context, documents=text.documents, **how)
     else:
         evaluation = measure(subject.predictor(), text.tokens, context=context, **how)
     if text.text_bytes is None:

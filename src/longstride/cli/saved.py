@@ -107,6 +107,18 @@ def read_text(run: Path, subject: "Subject", data: Path | None, split: str, max_
     return Text(subject.encode(read), name, subject.unit, text_bytes=None if subject.tokenizer is None else read)
 
 
+def how_it_is_read(subject: "Subject", text: Text) -> list[str]:
+    """What the checks and the search do otherwise than the evaluation; nothing of most models."""
+    said = []
+    if getattr(subject.model.config, "memory", 0):
+        said.append("Every window is read by itself: the model's memory is empty where it begins.")
+    if text.documents is not None:
+        said.append(
+            "Every window is of one document, as the model sees no other beside it; needles are hidden across them."
+        )
+    return said
+
+
 def choose_context(subject: "Subject", asked: int | None) -> int:
     """Tokens of context in a window: those of ``--context``, or else the model's, of other architectures at most 2,048.
 

@@ -56,10 +56,11 @@ def suggest(
 
     First every layer alone along every pattern; then layer after layer together, as long as the loss stays within the
     tolerance. What is printed at the end was measured of the whole schedule at once, on windows that the search did not
-    see. The schedule is for `longstride.sparsify`, and for `longstride evaluate --schedule`.
+    see; changes that are too much there are undone, and then the figure is a little better than it would be elsewhere.
+    The schedule is for `longstride.sparsify`, and for `longstride evaluate --schedule`.
     """
     from longstride.checks import Search, Tolerance, load_subject, read_schedule, suggest_schedule, write_schedule
-    from longstride.cli.saved import choose_batch_size, choose_context, read_text
+    from longstride.cli.saved import choose_batch_size, choose_context, how_it_is_read, read_text
     from longstride.training import resolve_device
 
     allowed = Tolerance.parse(tolerance)
@@ -78,15 +79,18 @@ def suggest(
     )
     if not json_output:
         typer.echo(f"Searching on {len(text.tokens):,} {text.unit}s of {text.name}.")
-    suggestion = suggest_schedule(subject, text.tokens, search, progress=True)
+    suggestion = suggest_schedule(subject, text.tokens, search, documents=text.documents, progress=True)
     figures = _figures(suggestion, text)
     path = model / "checks" / "schedule.yaml" if output is None else output
-    write_schedule(path, suggestion.patterns, figures)
+    # What was found is said first: a file that cannot be written does not take it along.
     if json_output:
         patterns = [str(pattern) for pattern in suggestion.patterns]
-        typer.echo(json.dumps({"patterns": patterns, "measured": figures}, indent=2))
+        typer.echo(json.dumps({"patterns": patterns, "measured": figures}, indent=2, allow_nan=False))
     else:
-        typer.echo(f"\n{suggestion}\n\nschedule    {path}")
+        typer.echo("\n".join(["", str(suggestion), *how_it_is_read(subject, text), ""]))
+    write_schedule(path, suggestion.patterns, figures)
+    if not json_output:
+        typer.echo(f"schedule    {path}")
 
 
 def _figures(suggestion: "Suggestion", text: "Text") -> dict[str, Any]:
@@ -96,6 +100,7 @@ def _figures(suggestion: "Suggestion", text: "Text") -> dict[str, Any]:
         "unit": suggestion.unit,
         "context": suggestion.context,
         "windows": suggestion.windows,
+        "undone": suggestion.undone,
         "bits_before": suggestion.bits_before,
         "bits": suggestion.bits,
         "rise_bits": suggestion.rise_bits,

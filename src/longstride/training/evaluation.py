@@ -6,6 +6,7 @@ measured alike, in bits per token (of an image: per dim). Where windows must beg
 stand side by side instead, as in training, and all tokens of each count but the first, which nothing stands before.
 """
 
+import itertools
 import lzma
 import math
 import time
@@ -20,7 +21,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from longstride.errors import ArgumentError, DataError
+from longstride.errors import ArgumentError, DataError, LongstrideError
+
+# float32 logits at once, a quarter of a gibibyte: with a large vocabulary those of a batch are its largest tensor, and
+# the model has them in its own type already.
+LOGITS_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,34 @@ class Span:
 
 
 def record_spans(total: int, context: int, record: int) -> Iterator[Span]:
-    """Windows of ``context`` tokens side by side, each at a multiple of ``record``; all but its first are predicted."""
+    """Windows of ``context`` tokens side by side, each at a multiple of ``record``; all but its first are predicted.
+
+    Raises:
+        ArgumentError: a context of one token, in which nothing is predicted.
+    """
+    if context < 2:
+        raise ArgumentError(f"--context {context}: a window has a first token, which is not predicted: at least 2")
     for start in range(0, total - context + 1, -(-context // record) * record):
         yield Span(start, context - 1, first=0)
+
+
+def side_by_side(total: int, context: int, record: int, documents: np.ndarray | None = None) -> list[Span]:
+    """Windows with one prediction from each number of tokens up to ``context``; none reaches into another document.
+
+    Args:
+        total: tokens of the text.
+        context: with records, tokens of a window, the last of which nothing is predicted from.
+        record: above 1, windows begin at multiples of so many tokens.
+        documents: int64[documents + 1], where documents that do not see one another begin, and the end.
+    """
+    if record > 1:
+        return list(record_spans(total, context, record))
+    bounds = [0, total] if documents is None else documents.tolist()
+    return [
+        Span(begin + span.start, span.length, span.first)
+        for begin, end in itertools.pairwise(bounds)
+        for span in record_spans(end - begin, context + 1, 1)
+    ]
 
 
 def spans(total: int, context: int, min_context: int) -> Iterator[Span]:
@@ -120,7 +150,11 @@ def batch_losses(
         progress: show a bar on a terminal.
 
     Yields:
-        the losses of a batch, float32[batch, length], 0 where they do not count; and the number of those that do.
+        the losses of a batch, float32[batch, length] on the CPU, 0 where they do not count; and the number of those
+        that do.
+
+    Raises:
+        LongstrideError: a loss is no finite number.
     """
     device = next(model.parameters()).device
     with evaluating(model):
@@ -128,9 +162,25 @@ def batch_losses(
             batches, total=number, desc="evaluating", unit="batch", leave=False, disable=None if progress else True
         ):
             inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-            logits = model(**inputs).logits.float()
-            losses = F.cross_entropy(logits.transpose(1, 2), targets.to(device), reduction="none")  # 0 at -100
+            losses = _losses(model(**inputs).logits, targets.to(device)).cpu()
+            if not losses.isfinite().all():
+                raise LongstrideError(
+                    f"the model's loss is {losses[~losses.isfinite()][0].item()} at a token of the data: its weights, "
+                    f"or what it computes in {next(model.parameters()).dtype}, are no finite numbers, or it holds the "
+                    "token for impossible; there is nothing to measure"
+                )
             yield losses, int((targets != -100).sum())
+
+
+def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """float32[batch, length]: -ln p of each target, 0 at -100, some positions at a time."""
+    positions = max(1, LOGITS_AT_ONCE // (len(logits) * logits.shape[-1]))
+    pieces = zip(logits.split(positions, dim=1), targets.split(positions, dim=1), strict=True)
+    found = [
+        F.cross_entropy(some.float().flatten(0, 1), theirs.flatten(), reduction="none").view_as(theirs)
+        for some, theirs in pieces
+    ]
+    return torch.cat(found, dim=1)
 
 
 def window_losses(
@@ -146,8 +196,11 @@ def window_losses(
         progress: show a bar on a terminal.
 
     Yields:
-        some windows and the losses of their predictions, float32[windows, length], in nats; 0 before the first that
-        counts.
+        some windows and the losses of their predictions, float32[windows, length] on the CPU, in nats; 0 before the
+        first that counts.
+
+    Raises:
+        LongstrideError: as `batch_losses`.
     """
     groups = [windows[first : first + batch_size] for first in range(0, len(windows), batch_size)]
     batches = (_window_batch(data, group) for group in groups)
@@ -191,6 +244,7 @@ def evaluate(
     Raises:
         ArgumentError: a minimum that the model cannot have.
         DataError: no byte of the text has so much context.
+        LongstrideError: a loss is no finite number.
     """
     check_min_context(data, context, min_context, unit)
     if record > 1 and min_context != 1:
@@ -233,6 +287,12 @@ def measured(
     for losses, counts in batch_losses(model, batches, number, progress):
         nats += losses.double().sum().item()
         counted += counts
+    elapsed_s = time.monotonic() - began
+    if not counted:
+        raise DataError(
+            f"{len(counted_data):,} {unit}s are too few to evaluate: none of them has another before it, to be "
+            "predicted from; give more data"
+        )
     return Evaluation(
         bits_per_byte=nats / counted / math.log(2),
         counted_bytes=counted,
@@ -240,7 +300,7 @@ def measured(
         max_context=looks_back[1],
         order0_bits_per_byte=order0_entropy(counted_data),
         xz_bits_per_byte=xz_bits_per_byte(counted_data),
-        elapsed_s=time.monotonic() - began,
+        elapsed_s=elapsed_s,
         unit=unit,
     )
 
@@ -260,7 +320,8 @@ def order0_entropy(data: np.ndarray) -> float:
     """-sum_b p(b) log2 p(b), with p the frequencies of the bytes in ``data``, uint8[bytes]; in bits per byte."""
     counts = np.bincount(data, minlength=256)
     p = counts[counts > 0] / len(data)
-    return float(-(p * np.log2(p)).sum())
+    # Never -0.0, of one byte over and over.
+    return float((p * -np.log2(p)).sum()) + 0.0
 
 
 def xz_bits_per_byte(data: np.ndarray) -> float:

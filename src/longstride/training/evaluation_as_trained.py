@@ -21,6 +21,7 @@ def evaluate_as_trained(
     data: np.ndarray,
     *,
     min_context: int,
+    context: int | None = None,
     batch_size: int = 8,
     progress: bool = False,
     record: int = 1,
@@ -32,12 +33,20 @@ def evaluate_as_trained(
     Args:
         model, data, batch_size, progress, record, unit: as in `evaluate`.
         min_context: as in `evaluate`; 1 with documents.
+        context: tokens of a window, as many as the model was trained with unless given; of a segment no others.
         documents: int64[documents + 1], where documents begin in ``data``, and its end, for a model of packed ones.
 
     Raises:
-        ArgumentError, DataError: as `evaluate`.
+        ArgumentError, DataError, LongstrideError: as `evaluate`.
     """
-    context = model.config.max_position_embeddings - model.config.memory
+    trained = model.config.max_position_embeddings - model.config.memory
+    if context is None:
+        context = trained
+    if context > trained or (model.config.memory and context != trained):
+        raise ArgumentError(
+            f"--context {context}: this model was trained with {trained:,} tokens in a "
+            + ("segment, and reads no others" if model.config.memory else "window, and that is the most")
+        )
     if documents is not None and min_context != 1:
         raise ArgumentError(
             f"--min-context {min_context}: documents that do not see one another are predicted from their beginnings "
@@ -110,6 +119,8 @@ def _packed(
     unit: str,
     documents: np.ndarray,
 ) -> Evaluation:
+    if context < 2:
+        raise ArgumentError(f"--context {context}: a window has a first token, which is not predicted: at least 2")
     number = len(data) // context
     if not number:
         raise DataError(f"{len(data):,} tokens are too few to evaluate: a window has {context:,}; give more data")
