@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from longstride.backends import torch as torch_backend
-from longstride.models import compiled_blocks, recompute_in_backward
+from longstride.models import SegmentMemory, compiled_blocks, recompute_in_backward
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -81,6 +81,24 @@ def test_more_patterns_than_torch_compile_takes_by_itself(make_model, tokens):
     model = make_model(patterns=patterns, num_hidden_layers=len(patterns)).train()
     with compiled_blocks(model, backend="eager"):
         assert torch.isfinite(model(tokens, labels=tokens).loss)
+
+
+@pytest.mark.slow
+def test_a_memory_grows_to_more_sizes_than_torch_compile_takes_by_itself(make_model, tokens):
+    model = make_model(patterns="Strided(4)", block="modern", initializer_scale=1.0, num_hidden_layers=1, memory=10)
+    memory = SegmentMemory(model.train().config)
+    with compiled_blocks(model, backend="eager"):
+        for segment in tokens[:1, :11].split(1, dim=1):
+            model(segment, memory=memory)
+
+
+def test_no_size_of_a_memory_is_one_too_many(make_model):
+    patterns = ["Strided(4)", "Causal()"]
+    model = make_model(patterns=patterns, block="modern", initializer_scale=1.0, num_hidden_layers=2, memory=200)
+    with compiled_blocks(model):
+        # 1 to 200 tokens, in rows that have equally many and in rows that do not, along either pattern.
+        assert torch._dynamo.config.recompile_limit >= 800
+        assert torch._dynamo.config.accumulated_recompile_limit >= 800
 
 
 def test_evaluation_and_generation_are_not_compiled(make_model, tokens):

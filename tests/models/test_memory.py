@@ -293,6 +293,17 @@ def test_what_does_not_go_with_a_memory(make_model, text):
         model(text[:1], memory=memory)
     with pytest.raises(ArgumentError, match="3 rows are marked: this memory has 2"):
         memory.reset([False, True, False])
+    with pytest.raises(ArgumentError, match="memory is int: give a SegmentMemory of this model's config"):
+        model(text, memory=8)
+
+
+@pytest.mark.parametrize("changed", [{"patterns": "Strided(5)"}, {"num_hidden_layers": 3}])
+def test_a_memory_of_another_model(make_model, text, changed):
+    values = {"patterns": ["Local(5)"], "num_hidden_layers": 2}
+    memory = SegmentMemory(make_model(**values).config, tokens=8)
+    other = make_model(**values | changed)
+    with pytest.raises(ArgumentError, match=r"a model with . layers along .*: this memory is for 2 layers along Local"):
+        other(text, memory=memory)
 
 
 def test_without_a_memory_a_block_gives_one_tensor(make_model):

@@ -30,13 +30,14 @@ def compiled_blocks(model: SparseTransformerForCausalLM, *, backend: str = "indu
         torch._dynamo.exc.Unsupported: in the first training pass, where a block is no single graph.
     """
     patterns = set(layer_patterns(model.config))
-    # A memory grows to its size segment by segment, and each size is a variant of every pattern.
-    variants = VARIANTS * len(patterns) if model.config.memory else VARIANTS
+    # Every pattern is a graph of the same function, and torch.compile gives up on functions with more than 8. So is
+    # each size that a memory has, once where all rows have it and once where they differ. How many of them there are,
+    # as it grows and as rows begin anew, is up to the segments: a training must not end at any.
+    limit = len(patterns) * (1 + 2 * model.config.memory) + VARIANTS
     model.model.run_block = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
     model.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False, backend=backend)
     try:
-        # Every pattern is a graph of the same function, and torch.compile gives up on functions with more than 8.
-        with torch._dynamo.config.patch(recompile_limit=len(patterns) + variants):
+        with torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=max(256, limit)):
             yield
     finally:
         model.model.run_block = run_block

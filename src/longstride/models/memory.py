@@ -56,12 +56,17 @@ class SegmentMemory:
         # `Earlier.lengths`, moved to the device once for all layers of a segment.
         self._on_device: dict[tuple[int, ...], Tensor] = {}
 
-    def open(self, batch: int) -> None:
-        """Take a segment of so many rows, before the layers ask for what is `earlier`.
+    def open(self, batch: int, patterns: Sequence[Pattern]) -> None:
+        """Take a segment of so many rows, before the layers, with these patterns, ask for what is `earlier`.
 
         Raises:
-            ArgumentError: other rows than before.
+            ArgumentError: other rows than before; another model's layers.
         """
+        if tuple(patterns) != tuple(self.patterns):
+            raise ArgumentError(
+                f"a model with {_layers(patterns)}: this memory is for {_layers(self.patterns)}; make one of the "
+                "model's config"
+            )
         if not self.seen:
             self.seen = [0] * batch
             self._lengths = [[0] * batch for _ in self.patterns]
@@ -140,6 +145,10 @@ class SegmentMemory:
         """Go on where `state_dict` was written, with the keys and values on ``device``."""
         self.seen, self._lengths = list(state["seen"]), [list(lengths) for lengths in state["lengths"]]
         self._held = [None if held is None else (held[0].to(device), held[1].to(device)) for held in state["held"]]
+
+
+def _layers(patterns: Sequence[Pattern]) -> str:
+    return f"{len(patterns)} layers along {', '.join(dict.fromkeys(map(str, patterns)))}"
 
 
 def check_memory(patterns: Sequence[Pattern], tokens: int) -> None:

@@ -92,7 +92,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             assert config.position_axes is not None
             self.embed_positions = FactorizedPositions(config.position_axes, config.hidden_size)
         self.layers = build_blocks(config)
-        self.looks_ahead = not all(pattern.is_causal for pattern in layer_patterns(config))
+        self.patterns = layer_patterns(config)
+        self.looks_ahead = not all(pattern.is_causal for pattern in self.patterns)
         self.run_block: Callable[..., Tensor] = run_block
         self.norm = last_norm(config)
         self.post_init()
@@ -134,8 +135,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         Raises:
             ArgumentError: not exactly one of input_ids and inputs_embeds; a sequence longer than
                 config.max_position_embeddings; a mask with padding inside the content; other positions; another kind
-                of cache, or one without room; two of a cache, a memory and packed documents, or a mask with either of
-                the last two.
+                of cache, or one without room; another model's memory; two of a cache, a memory and packed documents,
+                or a mask with either of the last two.
             UnsupportedError: attention weights are asked for, or gradients with a cache.
         """
         if kwargs.get("output_attentions"):
@@ -163,7 +164,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         )
         _check_one_of(cache, memory, documents, attention_mask, position_ids)
         if memory is not None:
-            memory.open(batch)
+            memory.open(batch, self.patterns)
         seen = 0 if cache is None else cache.seen
         if documents is None:
             self._check_length(length, seen, memory)
@@ -397,6 +398,8 @@ def _check_one_of(
     position_ids: Tensor | None,
 ) -> None:
     """What a sequence follows, or lies beside, is one thing."""
+    if memory is not None and not isinstance(memory, SegmentMemory):
+        raise ArgumentError(f"memory is {type(memory).__name__}: give a SegmentMemory of this model's config")
     given = {"past_key_values": cache, "memory": memory, "packed documents": documents}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:

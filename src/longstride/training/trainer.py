@@ -52,9 +52,8 @@ class ByteTrainer(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(model=model, **options)
-        # All windows are equally long, so the mean over batches is the mean over bytes, but for the few places of
-        # documents that do not count; and a model that takes keyword arguments without using num_items_in_batch would
-        # otherwise sum over accumulated batches.
+        # The mean over batches, which is the mean over bytes where all windows count in full. Batches of documents
+        # count alike, also those with fewer places that count, such as the last segments of documents.
         self.model_accepts_loss_kwargs = False
         self.curve = curve
         self.keep_checkpoints = keep_checkpoints
