@@ -87,7 +87,7 @@ def test_mistakes_are_one_line(finished, data, tmp_path):
         (("finetune", "--data", data, "--output", free, "--pattern", "Local(4)"), "lets no token attend to later ones"),
         (
             ("finetune", "--data", data, "--output", free, "--start-from", output / "model", "--pattern", "Full()"),
-            "that model has patterns of its own; leave one out",
+            "model.patterns with model.start_from: the model in",
         ),
         (("finetune", "--data", data, "--output", free, "--precision", "fp16", "--device", "cpu"), "needs a GPU"),
         (("classify", tmp_path, data / "cats" / "0.txt"), "holds no model: name the --output folder"),

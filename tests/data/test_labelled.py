@@ -95,6 +95,33 @@ def test_folders_that_are_named_after_splits(tmp_path):
     assert [len(found.splits[split]) for split in ("train", "validation")] == [22, 2]
 
 
+def test_a_named_split_is_taken_as_it_lies(tmp_path):
+    """A class that the test folder lacks gets no test documents from elsewhere; hidden folders are no classes."""
+    train = {f"train__{label}__{n}": f"{label} {n}" for label in ("neg", "new", "pos") for n in range(9)}
+    test = {f"test__{label}__{n}": f"{label} test {n}" for label in ("neg", "pos") for n in range(2)}
+    data = write(tmp_path / "data", **train, **test, **{f"train__.hidden__{n}": f"{n}" for n in range(9)})
+    found = read_labelled(data)
+    assert found.labels == ("neg", "new", "pos")
+    assert texts(found, "test") == {(label, f"{label} test {n}".encode()) for label in ("neg", "pos") for n in range(2)}
+    assert len(found.splits["validation"]) == 3
+    write(data, test__only__1="a", test__only__2="b", test__only__3="c", val__neg__1="d")
+    with pytest.raises(DataError, match="the class only has 0 documents to train on, and needs at least 1, so that"):
+        read_labelled(data)
+
+
+def test_a_class_without_documents_is_refused(folder):
+    (folder / "birds").mkdir()
+    with pytest.raises(DataError, match="birds holds no documents, and a sub-folder is a class: put its documents"):
+        read_labelled(folder)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    rows = [{"text": f"text {number}", "label": "ab"[number % 2]} for number in range(6)]
+    path = tmp_path / "table.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    assert read_labelled(path).labels == ("a", "b")
+
+
 def test_empty_documents_and_copies_are_left_out_and_counted(folder):
     write(folder, cats__empty="", cats__blank=" \n", dogs__copy="a cat 3", dogs__copy2="a dog 1")
     found = read_labelled(folder)
@@ -112,13 +139,16 @@ def test_empty_documents_and_copies_are_left_out_and_counted(folder):
         (
             {"data__a__1": "1", "data__a__2": "2", "data__a__3": "3", "data__b__1": "4"},
             "data",
-            "the class b has 1 documents, and needs at least 3, .* cut long documents",
+            "class b has 1 documents to train on, and needs at least 3, so that training, validation, test have",
         ),
         ({"table.txt": "a"}, "table.txt", "name ends in one of .csv, .tsv, .jsonl"),
         ({"t.csv": "body,label\na,b\n"}, "t.csv", "must name the columns text and label; it has 'body', 'label'"),
         ({"t.csv": ""}, "t.csv", "must name the columns text and label; it has none"),
         ({"t.csv": "text,label\na,b\nc\n"}, "t.csv", "row 2: it must have a text .* and a class"),
-        ({"t.csv": b"text,label\n\xff,b\n"}, "t.csv", "is not UTF-8 text"),
+        ({"t.csv": "text,label\na,b\nsome, more,c\n"}, "t.csv", "row 2 has 3 fields for 2 columns: put a text that"),
+        ({"t.csv": 'text,label\na,b\n"c,b\nd,e\n'}, "t.csv", "row 2: unexpected end of data; a field that begins"),
+        ({"t.tsv": 'text\tlabel\n"a" b\tc\n'}, "t.tsv", "row 1: .* expected after .*; a field that begins with"),
+        ({"t.csv": b"text,label\n" + b"x" * 20_000 + b"\xff,b\n"}, "t.csv", r"is not UTF-8 text \(invalid start byte"),
         ({"t.jsonl": '{"text": "a", "label": "b"}\nnothing\n'}, "t.jsonl", "line 2: no JSON object"),
         ({"t.jsonl": '{"text": 3, "label": "b"}\n'}, "t.jsonl", "row 1: it must have a text"),
         ({"t.jsonl": "[1]\n"}, "t.jsonl", "row 1: it must have a text"),

@@ -96,6 +96,17 @@ def test_a_packed_document_equals_the_document_alone(rows, block, patterns):
         separate(packed, position_ids=positions)
 
 
+def test_a_classifier_refuses_packed_documents(rows):
+    model = make(SparseTransformerForSequenceClassification)
+    packed = torch.cat(rows)[None]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    for said in ({"position_ids": positions}, {"cu_seq_lens_q": torch.tensor([0, *LENGTHS]).cumsum(0)}):
+        with pytest.raises(UnsupportedError, match="a row has one class; give each document a row of its own"):
+            model(packed, **said)
+    one = torch.arange(len(rows[1]))[None]
+    assert torch.equal(model(rows[1][None], position_ids=one).logits, model(rows[1][None]).logits)
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_the_class_of_a_padded_row_is_that_of_the_row_alone(rows, block, side):
     model = make(SparseTransformerForSequenceClassification, block=block, num_labels=3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from longstride.data import Labelled, LabelledSplits
 from longstride.errors import ArgumentError, LongstrideError, PatternError, RecipeError
@@ -58,6 +59,12 @@ def recipe(**changed):
     return ClassificationRecipe().override({**TINY, **{key.replace("__", "."): v for key, v in changed.items()}})
 
 
+def starting_from(folder, **changed):
+    """The tiny recipe without values of the model, which are those of the one in ``folder``."""
+    values = {key: value for key, value in TINY.items() if not key.startswith("model.")}
+    return ClassificationRecipe().override({**values, "model.start_from": str(folder), **changed})
+
+
 def curve(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -98,7 +105,7 @@ def test_it_learns_and_the_saved_model_says_the_same(data, tmp_path):
 
 def test_a_document_is_judged_by_the_mean_over_its_pieces(data, tmp_path):
     model = train_classifier(recipe(), data, tmp_path, lambda _: None).model
-    text = bytes(range(60))  # 23 bytes a piece
+    text = bytes(range(69))  # 23 bytes a piece
     whole = document_log_probabilities(model, [text, b"x"], context=24, most_pieces=9, batch_size=2)
     parts = [document_log_probabilities(model, [text[n : n + 23]], context=24, most_pieces=1)[0] for n in (0, 23, 46)]
     torch.testing.assert_close(whole[0], torch.stack(parts).mean(0).log_softmax(0))
@@ -113,18 +120,33 @@ def test_starting_from_a_saved_encoder(data, tmp_path):
     )  # fmt: skip
     saved = SparseTransformerForMaskedLM(config)
     saved.save_pretrained(tmp_path / "saved")
-    chosen = recipe(model__start_from=str(tmp_path / "saved"), optimizer__learning_rate=1e-9)
+    chosen = starting_from(tmp_path / "saved", **{"optimizer.learning_rate": 1e-9})
     model = train_classifier(chosen, data, tmp_path, lambda _: None).model
     assert model.config.patterns == config.patterns
     assert model.config.max_position_embeddings == 24
     for name, weight in saved.model.state_dict().items():
         torch.testing.assert_close(model.model.state_dict()[name], weight)
-    # And from a classifier of other classes.
+    # And from a classifier of other classes, with a loss of its own.
     model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    model.config.problem_type = "regression"
     other = SparseTransformerForSequenceClassification(model.config)
     other.save_pretrained(tmp_path / "other")
-    again = train_classifier(recipe(model__start_from=str(tmp_path / "other")), data, tmp_path, lambda _: None).model
+    again = train_classifier(starting_from(tmp_path / "other"), data, tmp_path, lambda _: None).model
     assert again.classifier.out_features == 2
+    assert again.config.problem_type == "single_label_classification"
+
+
+def test_weights_that_do_not_fit_are_not_started_anew(data, tmp_path):
+    config = SparseTransformerConfig(
+        vocab_size=258, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
+        patterns="Full()",
+    )  # fmt: skip
+    SparseTransformerForMaskedLM(config).save_pretrained(tmp_path)
+    for name, value in (("num_hidden_layers", 3), ("intermediate_size", 32)):
+        written = json.loads((tmp_path / "config.json").read_text()) | {name: value}
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        with pytest.raises(ArgumentError, match=r"are missing or of another shape, such as model\.layers\."):
+            train_classifier(starting_from(tmp_path), data, tmp_path, lambda _: None)
 
 
 def test_ctrl_c_ends_it_after_the_step(data, tmp_path):
@@ -156,6 +178,24 @@ def test_a_training_that_diverges_says_so(data, tmp_path, monkeypatch):
         train_classifier(recipe(), data, tmp_path, lambda _: None)
 
 
+def test_a_loss_after_the_last_report_counts(data, tmp_path, monkeypatch):
+    chosen = recipe(schedule__steps=5, run__log_every=3)
+    train_classifier(chosen, data, tmp_path, lambda _: None)
+    assert [record["step"] for record in curve(tmp_path) if "loss" in record] == [3, 5]
+    forward, calls = SparseTransformerForSequenceClassification.forward, []
+
+    def broken(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        calls.append(self.training)
+        if sum(calls) == 5:
+            output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(SparseTransformerForSequenceClassification, "forward", broken)
+    with pytest.raises(LongstrideError, match="the loss became nan at step 5"):
+        train_classifier(chosen, data, tmp_path, lambda _: None)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -165,7 +205,6 @@ def test_a_training_that_diverges_says_so(data, tmp_path, monkeypatch):
             PatternError,
             "this pattern names none",
         ),
-        ({"model__start_from": "nowhere"}, ArgumentError, "nowhere holds no model to start from"),
     ],
 )
 def test_what_cannot_be_built_is_refused(data, tmp_path, changed, error, message):
@@ -185,7 +224,15 @@ def test_a_model_that_cannot_be_started_from(data, tmp_path, sizes, message):
     sizes = small | {"max_position_embeddings": 64, "patterns": "Full()"} | sizes
     SparseTransformerForMaskedLM(SparseTransformerConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(ArgumentError, match=message):
-        train_classifier(recipe(model__start_from=str(tmp_path)), data, tmp_path, lambda _: None)
+        train_classifier(starting_from(tmp_path), data, tmp_path, lambda _: None)
+
+
+def test_what_is_no_model_of_ours_cannot_be_started_from(data, tmp_path):
+    with pytest.raises(ArgumentError, match="nowhere holds no model to start from"):
+        train_classifier(starting_from("nowhere"), data, tmp_path, lambda _: None)
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ArgumentError, match="is of the type bert, none of ours: start from an encoder that"):
+        train_classifier(starting_from(tmp_path), data, tmp_path, lambda _: None)
 
 
 def test_a_language_model_cannot_be_started_from(data, tmp_path):
@@ -195,7 +242,7 @@ def test_a_language_model_cannot_be_started_from(data, tmp_path):
     )  # fmt: skip
     SparseTransformerForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(PatternError, match=r"Local\(8\): this pattern lets no token attend to later ones"):
-        train_classifier(recipe(model__start_from=str(tmp_path)), data, tmp_path, lambda _: None)
+        train_classifier(starting_from(tmp_path), data, tmp_path, lambda _: None)
 
 
 def test_the_recipe_of_the_repository_spells_the_defaults_out():
@@ -203,7 +250,7 @@ def test_the_recipe_of_the_repository_spells_the_defaults_out():
 
 
 def test_a_written_recipe_reads_back(tmp_path):
-    chosen = recipe(pretraining__steps=3, model__start_from="a/model")
+    chosen = starting_from("a/model", **{"pretraining.steps": 3})
     (tmp_path / "recipe.yaml").write_text(chosen.to_yaml())
     assert read_classification_recipe(tmp_path / "recipe.yaml") == chosen
 
@@ -224,9 +271,16 @@ def test_a_written_recipe_reads_back(tmp_path):
         ("run.recompute", "all", "run.recompute is 'all': it must be one of"),
         ("run.time_limit_s", -1, "run.time_limit_s is -1.0: it must not be negative"),
         ("model.dropout", 1, "model.dropout is 1.0: it must be at least 0 and below 1"),
+        ("model.memory", 8, "model.memory is 8: it must be 0, for an encoder reads both sides"),
+        ("run.seed", 2**32, r"run.seed is 4294967296: it must be below 2\*\*32"),
         ("data.contxt", 3, "unknown key data.contxt: did you mean data.context"),
     ],
 )
 def test_illegal_values_are_named(key, value, message):
     with pytest.raises(RecipeError, match=message):
         ClassificationRecipe().override({key: value})
+
+
+def test_a_model_to_start_from_leaves_no_other_value_of_the_model():
+    with pytest.raises(RecipeError, match=r"model.hidden_size with model.start_from: the model in a has values of its"):
+        ClassificationRecipe().override({"model.start_from": "a", "model.hidden_size": 256})

@@ -67,9 +67,13 @@ def test_batches_are_padded_on_the_right():
     assert tokens["labels"].tolist() == [[0, -100], [0, 1]]
 
 
-def test_pieces_side_by_side_read_every_byte_once():
+def test_pieces_side_by_side_read_every_byte_and_are_full():
     text = bytes(range(100))
-    assert b"".join(bytes(piece[1:].tolist()) for piece in pieces_of(text, 8, most=99)) == text
+    pieces = [bytes(piece[1:].tolist()) for piece in pieces_of(text, 8, most=99)]
+    assert b"".join(pieces[:-1]) == text[:98]
+    assert pieces[-1] == text[-7:]
+    assert [bytes(piece[1:].tolist()) for piece in pieces_of(text[:98], 8, most=99)] == pieces[:-1]
+    assert [len(piece) for piece in pieces_of(b"abc", 8, most=9)] == [4]
     some = pieces_of(text, 8, most=3)
-    assert [int(piece[1]) for piece in some] == [0, 49, 98]  # from the first to the last
+    assert [int(piece[1]) for piece in some] == [0, 49, 93]  # from the first to the last
     assert [int(piece[1]) for piece in pieces_of(text, 8, most=1)] == [0]

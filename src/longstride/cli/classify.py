@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def classify(
     run: Annotated[Path, typer.Argument(help="The output folder of `longstride finetune`, or a saved classifier's.")],
     files: Annotated[list[Path], typer.Argument(help="The documents, a file each.")],
-    most_pieces: Annotated[int, typer.Option(help="Of a longer document, read so many pieces, spread evenly.")] = 8,
+    most_pieces: Annotated[int, typer.Option(help="Of a longer document, read so many pieces, spread evenly.")] = 16,
     batch_size: Annotated[int, typer.Option(help="Pieces that go through the model at once.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print every class's probability as JSON.")] = False,
@@ -59,11 +59,10 @@ def load_classifier(folder: Path, device: "torch.device") -> "SparseTransformerF
     Raises:
         ArgumentError: there is none, or it cannot be read.
     """
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     from longstride.models import SparseTransformerConfig, SparseTransformerForSequenceClassification
-    from longstride.training import VOCAB_SIZE
+    from longstride.training import VOCAB_SIZE, load_encoder
 
     found = next((place for place in (folder / "model", folder) if (place / "config.json").is_file()), None)
     if found is None:
@@ -71,14 +70,12 @@ def load_classifier(folder: Path, device: "torch.device") -> "SparseTransformerF
     logging.disable_progress_bar()
     try:
         config = SparseTransformerConfig.from_pretrained(found)
-        kinds = config.architectures or []
-        if SparseTransformerForSequenceClassification.__name__ not in kinds or config.vocab_size < VOCAB_SIZE:
-            raise ArgumentError(
-                f"the model in {found} is no classifier of documents (it is {', '.join(kinds) or 'of no known kind'}): "
-                "make one with `longstride finetune`"
-            )
-        return SparseTransformerForSequenceClassification.from_pretrained(found).to(device).eval()
-    except ArgumentError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise ArgumentError(f"the model in {found} cannot be read: {str(error).splitlines()[0]}") from error
+    kinds = config.architectures or []
+    if SparseTransformerForSequenceClassification.__name__ not in kinds or config.vocab_size < VOCAB_SIZE:
+        raise ArgumentError(
+            f"the model in {found} is no classifier of documents (it is {', '.join(kinds) or 'of no known kind'}): "
+            "make one with `longstride finetune`"
+        )
+    return load_encoder(SparseTransformerForSequenceClassification, found, config).to(device).eval()

@@ -164,10 +164,6 @@ def _choose_recipe(file: Path | None, overrides: dict[str, Any]) -> "Classificat
             "there is nothing to classify: name a folder with a sub-folder a class, or a file with text and label, by "
             "--data"
         )
-    if chosen.model.start_from is not None and "model.patterns" in overrides:
-        raise ArgumentError(
-            f"--pattern with --start-from {chosen.model.start_from}: that model has patterns of its own; leave one out"
-        )
     return chosen
 
 

@@ -3,7 +3,7 @@
 ====================  ==============================================================================================
 a folder              every sub-folder is a class and every file in it, at any depth, a document. Where the sub-folders
                       are named after splits (``train``, ``test``, ``val``), the classes are theirs, and the documents
-                      are split as they lie
+                      are split as they lie; a split without a folder is taken from ``train``
 ``.csv``, ``.tsv``    a row is a document; the first row names the columns
 ``.jsonl``            a line is a JSON object with ``text`` and ``label``
 ====================  ==============================================================================================
@@ -28,8 +28,6 @@ from longstride.errors import DataError
 TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 #: Of every class, one document in so many is for validation, and one for the test.
 SHARE = 10
-#: So that each split has one.
-FEWEST_DOCUMENTS = len(SPLITS)
 
 
 @dataclass(frozen=True)
@@ -99,15 +97,18 @@ def read_labelled(path: Path) -> LabelledSplits:
             "two classes, each a sub-folder with its documents, or a value of the column label"
         )
     splits: dict[str, list[Labelled]] = {split: [] for split in SPLITS}
+    named = {split for documents in found.values() for split, _ in documents}
+    # A test folder is the test, even where it lacks a class.
+    missing = [split for split in ("validation", "test") if split not in named]
     for number, label in enumerate(labels):
-        for split, texts in _split(path, label, found[label]).items():
+        for split, texts in _split(path, label, found[label], missing).items():
             splits[split] += [Labelled(text, number) for text in texts]
     return LabelledSplits(str(path), labels, {name: tuple(each) for name, each in splits.items()}, dict(left_out))
 
 
 def _folders(path: Path) -> Iterator[tuple[str | None, str, bytes]]:
     """(split or None, label, bytes) of every document in the folder's sub-folders."""
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    folders = _sub_folders(path)
     if not folders:
         raise DataError(
             f"{path} has no sub-folders: a class is a sub-folder with its documents; or name a file with the columns "
@@ -116,11 +117,25 @@ def _folders(path: Path) -> Iterator[tuple[str | None, str, bytes]]:
     split_of = [NAMED_FOLDERS.get(folder.name.lower()) for folder in folders]
     if None not in split_of and len(folders) > 1:
         for split, folder in zip(split_of, folders, strict=True):
-            for label in sorted(inner for inner in folder.iterdir() if inner.is_dir()):
-                yield from ((split, label.name, _bytes(label / file)) for file in sorted(walk(label)))
+            for label in _sub_folders(folder):
+                yield from ((split, label.name, text) for text in _documents(label))
         return
     for folder in folders:
-        yield from ((None, folder.name, _bytes(folder / file)) for file in sorted(walk(folder)))
+        yield from ((None, folder.name, text) for text in _documents(folder))
+
+
+def _sub_folders(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+
+
+def _documents(folder: Path) -> Iterator[bytes]:
+    """The documents of a class."""
+    files = sorted(walk(folder))
+    if not files:
+        raise DataError(
+            f"{folder} holds no documents, and a sub-folder is a class: put its documents there, or remove it"
+        )
+    yield from (_bytes(folder / file) for file in files)
 
 
 def _bytes(file: Path) -> bytes:
@@ -146,7 +161,8 @@ def _table(path: Path) -> Iterator[tuple[None, str, bytes]]:
                 raise DataError(f"{path}, row {number:,}: it must have a text (field text) and a class (field label)")
             yield None, str(label).strip(), text.encode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it") from error
+        # Not where: the decoder counts from the last chunk that it was given.
+        raise DataError(f"{path} is not UTF-8 text ({error.reason}): convert it") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
@@ -157,22 +173,34 @@ def _rows(path: Path, delimiter: str | None) -> Iterator[tuple[int, dict]]:
     before = csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
+            # strict: a quote that is never closed would otherwise take the rest of the file for one document.
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
             if not {"text", "label"} <= set(reader.fieldnames or ()):
                 raise DataError(
                     f"{path}: its first row must name the columns text and label; it has "
                     f"{', '.join(map(repr, reader.fieldnames or ())) or 'none'}"
                 )
+            number = 0
             try:
-                yield from enumerate(reader, start=1)
+                for number, row in enumerate(reader, start=1):
+                    if None in row:
+                        columns = len(row) - 1
+                        raise DataError(
+                            f"{path}, row {number:,} has {columns + len(row[None])} fields for {columns} columns: put "
+                            f"a text that holds {delimiter!r} between double quotes"
+                        )
+                    yield number, row
             except csv.Error as error:
-                raise DataError(f"{path}, line {reader.line_num:,}: {error}") from error
+                raise DataError(
+                    f"{path}, row {number + 1:,}: {error}; a field that begins with a double quote must end with one, "
+                    "and those inside it are doubled"
+                ) from error
     finally:
         csv.field_size_limit(before)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -183,17 +211,19 @@ def _lines(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, row if isinstance(row, dict) else {}
 
 
-def _split(path: Path, label: str, documents: list[tuple[str | None, bytes]]) -> dict[str, list[bytes]]:
-    """The documents of one class by split."""
+def _split(
+    path: Path, label: str, documents: list[tuple[str | None, bytes]], missing: list[str]
+) -> dict[str, list[bytes]]:
+    """The documents of one class by split; those of the ``missing`` splits are taken from the training's."""
     named: dict[str, list[bytes]] = {split: [text for where, text in documents if where == split] for split in SPLITS}
     # In an order that their bytes decide, and that has nothing to do with what they say.
     rest = [text for where, text in documents if where is None or where == "train"]
     rest.sort(key=lambda text: hashlib.sha256(text).digest())
-    missing = [split for split in ("validation", "test") if not named[split]]
     if len(rest) < 1 + len(missing):
         raise DataError(
-            f"{path}: the class {label} has {len(documents)} documents, and needs at least {FEWEST_DOCUMENTS}, so that "
-            "training, validation and test have one each: add some, or cut long documents into files of their own"
+            f"{path}: the class {label} has {len(rest)} documents to train on, and needs at least {1 + len(missing)}, "
+            f"so that {', '.join(('training', *missing))} have one each: add some, or cut long documents into files of "
+            "their own"
         )
     count = max(1, len(rest) // SHARE)
     for split in missing:

@@ -11,9 +11,11 @@ from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
+from longstride.errors import UnsupportedError
 from longstride.models.causal_loss import chunked_causal_loss
 from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.modeling import SparseTransformerModel, SparseTransformerPreTrainedModel
+from longstride.models.packing import packed_documents
 from longstride.models.schedule import check_bidirectional, layer_patterns
 from longstride.nn import LogitsProjection
 
@@ -129,7 +131,25 @@ class SparseTransformerForSequenceClassification(SparseTransformerEncoder):
         Args:
             labels: int64[batch], classes; float[batch, num_labels] for several labels at once or for regression.
             kwargs: arguments of a ``loss_function`` of one's own.
+
+        Raises:
+            UnsupportedError: packed documents: a row has one class.
         """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is not None and attention_mask is None:
+            packed = packed_documents(
+                position_ids,
+                kwargs.pop("cu_seq_lens_q", None),
+                kwargs.pop("max_length_q", None),
+                batch=inputs.shape[0],
+                length=inputs.shape[1],
+                longest=self.config.max_position_embeddings,
+            )
+            if packed is not None:
+                raise UnsupportedError(
+                    "packed documents in a classifier: a row has one class; give each document a row of its own, "
+                    "padded, with an attention_mask"
+                )
         outputs = self.encode(
             input_ids,
             attention_mask=attention_mask,

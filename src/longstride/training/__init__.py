@@ -1,7 +1,7 @@
 """Training: recipes, Hugging Face's Trainer with atomic checkpoints and exact resuming, and the evaluation."""
 
 from longstride.training.checkpoints import latest_sound
-from longstride.training.classification import Classifier, classifier_config, train_classifier
+from longstride.training.classification import Classifier, classifier_config, load_encoder, train_classifier
 from longstride.training.classification_evaluation import (
     ClassificationEvaluation,
     document_log_probabilities,
@@ -46,6 +46,7 @@ __all__ = [
     "find_model",
     "kind_of",
     "latest_sound",
+    "load_encoder",
     "model_config",
     "parse_assignments",
     "read_classification_recipe",

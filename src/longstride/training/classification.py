@@ -62,6 +62,7 @@ def classifier_config(recipe: ClassificationRecipe, labels: tuple[str, ...]) -> 
     classes: dict[str, Any] = {
         "id2label": dict(enumerate(labels)),
         "label2id": {label: n for n, label in enumerate(labels)},
+        "problem_type": "single_label_classification",  # whatever an encoder to start from did
     }
     if model.start_from is not None:
         config = _started_config(Path(model.start_from), recipe.data.context)
@@ -98,6 +99,12 @@ def _started_config(folder: Path, context: int) -> SparseTransformerConfig:
             "as the folder model of a run"
         )
     try:
+        written, _ = SparseTransformerConfig.get_config_dict(folder)
+        if (kind := written.get("model_type")) != SparseTransformerConfig.model_type:
+            raise ArgumentError(
+                f"the model in {folder} is of the type {kind}, none of ours: start from an encoder that "
+                "`longstride finetune` made"
+            )
         config = SparseTransformerConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ArgumentError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from error
@@ -152,14 +159,33 @@ def train_classifier(
 
 def _load_or_make(kind: Any, config: SparseTransformerConfig, recipe: ClassificationRecipe) -> Any:
     start = recipe.model.start_from
+    # Another classifier's classes are not these, and a masked language model has none.
+    model = kind(config) if start is None else load_encoder(kind, Path(start), config, anew=("classifier.", "lm_head."))
+    recompute_in_backward(model, recipe.run.recompute)
+    return model
+
+
+def load_encoder(kind: Any, folder: Path, config: SparseTransformerConfig, *, anew: tuple[str, ...] = ()) -> Any:
+    """A model of the class ``kind`` with the weights in ``folder``.
+
+    Args:
+        anew: how the names of those weights begin that start anew where the folder has none that fit.
+
+    Raises:
+        ArgumentError: the weights cannot be read, or others are missing or of another shape.
+    """
     try:
-        # Another classifier's classes are not these.
-        model = (
-            kind(config) if start is None else kind.from_pretrained(start, config=config, ignore_mismatched_sizes=True)
+        model, report = kind.from_pretrained(
+            folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except (OSError, SafetensorError) as error:
-        raise ArgumentError(f"the model in {start} cannot be read: {str(error).splitlines()[0]}") from error
-    recompute_in_backward(model, recipe.run.recompute)
+        raise ArgumentError(f"the model in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    unfit = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if lacking := sorted(name for name in unfit if not name.startswith(anew)):
+        raise ArgumentError(
+            f"the weights in {folder} do not fit its config.json: {len(lacking)} are missing or of another shape, such "
+            f"as {lacking[0]}; name a folder that save_pretrained wrote as a whole"
+        )
     return model
 
 

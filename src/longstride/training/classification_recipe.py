@@ -25,7 +25,7 @@ class DocumentsRecipe:
     """
 
     path: str | None = None
-    context: int = 1024
+    context: int = 512
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,14 @@ class EncoderRecipe(ModelRecipe):
     Args:
         patterns: all must look ahead.
         global_projections: ``shared`` or ``separate``.
-        start_from: the folder of an encoder to go on from, whose own values take the place of all others here; None
-            for a new one.
+        start_from: the folder of an encoder to go on from, whose own values take the place of all others here, which
+            must then be left at their defaults; None for a new one.
     """
 
     patterns: tuple[str, ...] = ("Local(33, lookahead=32) | Global(1, causal=False)",)
+    # Small, so that it reads many pieces in minutes on a CPU.
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
     block: str = "modern"
     dropout: float = 0.1
     global_projections: str = "shared"
@@ -78,7 +81,7 @@ class PiecesRecipe:
         most_pieces: of a document of more pieces than these, so many are read, spread evenly.
     """
 
-    most_pieces: int = 8
+    most_pieces: int = 16
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ class ClassificationRecipe(Sections):
     data: DocumentsRecipe = field(default_factory=DocumentsRecipe)
     model: EncoderRecipe = field(default_factory=EncoderRecipe)
     pretraining: PretrainingRecipe = field(default_factory=PretrainingRecipe)
-    optimizer: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe(learning_rate=1e-3))
-    schedule: ScheduleRecipe = field(default_factory=lambda: ScheduleRecipe(steps=400, warmup_steps=40, batch_size=4))
+    optimizer: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe(learning_rate=3e-3))
+    schedule: ScheduleRecipe = field(default_factory=lambda: ScheduleRecipe(steps=600, warmup_steps=60, batch_size=16))
     run: ClassificationRun = field(default_factory=ClassificationRun)
     evaluation: PiecesRecipe = field(default_factory=PiecesRecipe)
 
@@ -110,6 +113,17 @@ class ClassificationRecipe(Sections):
                 f"model.global_projections is {self.model.global_projections!r}: it must be one of "
                 f"{', '.join(GLOBAL_PROJECTIONS)}"
             )
+        if self.model.memory:
+            raise RecipeError(
+                f"model.memory is {self.model.memory}: it must be 0, for an encoder reads both sides at once"
+            )
+        if self.model.start_from is not None:
+            for name, default in vars(EncoderRecipe(start_from=self.model.start_from)).items():
+                if getattr(self.model, name) != default:
+                    raise RecipeError(
+                        f"model.{name} with model.start_from: the model in {self.model.start_from} has values of its "
+                        "own; leave one out"
+                    )
         if not self.model.patterns:
             raise RecipeError("model.patterns is empty: name at least one, such as 'Local(33, lookahead=32)'")
         for text in self.model.patterns:

@@ -92,6 +92,9 @@ class Watch(TrainerCallback):
         """After each update."""
         if self.over:
             control.should_training_stop = True
+        if control.should_training_stop:
+            # Else what came since the last report would be neither in the curve nor held to be finite.
+            control.should_log = True
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At each report of the loss."""

@@ -2,7 +2,8 @@
 
 A token is a byte. Two more stand beside them: `BEGINNING`, the first token of every piece, and so the one that
 ``Global(1, causal=False)`` names; and `MASK`, which hides a byte in masked pretraining. A document that is longer
-than the context is read in pieces: in training, one that begins at random; in the evaluation, pieces side by side.
+than the context is read in pieces: in training, one that begins at random; in the evaluation, pieces side by side, all
+of them full as in training.
 """
 
 from collections.abc import Sequence
@@ -75,10 +76,14 @@ class MaskedPieces(RandomPieces):
 def pieces_of(text: bytes, context: int, most: int) -> list[Tensor]:
     """A document's pieces side by side, int64[at most context] each; of more than ``most``, so many, spread evenly.
 
+    The last one ends with the document, and is as long as the others: a few bytes that are left over would have as much
+    say as any other piece, and the model has seen no such pieces of long documents.
+
     >>> [piece.tolist() for piece in pieces_of(b"abcde", context=3, most=9)]
-    [[256, 97, 98], [256, 99, 100], [256, 101]]
+    [[256, 97, 98], [256, 99, 100], [256, 100, 101]]
     """
-    starts = range(0, max(1, len(text)), context - 1)
+    last = max(0, len(text) - (context - 1))
+    starts = [*range(0, last, context - 1), last]
     if len(starts) > most:
         starts = [starts[place * (len(starts) - 1) // max(1, most - 1)] for place in range(most)]
     return [torch.from_numpy(_tokens(text[start : start + context - 1])) for start in starts]

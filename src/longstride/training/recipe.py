@@ -230,6 +230,8 @@ class Recipe(Sections):
             value = self.value(key)
             if not low <= value < high:
                 raise RecipeError(f"{key} is {value}: it must be at least {low:g} and below {high:g}")
+        if self.run.seed >= 2**32:
+            raise RecipeError(f"run.seed is {self.run.seed}: it must be below 2**32, as numpy's seeds are")
         for key in ("optimizer.learning_rate", "model.initializer_scale"):
             if self.value(key) <= 0:
                 raise RecipeError(f"{key} is {self.value(key)}: it must be above 0")
