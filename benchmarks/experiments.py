@@ -29,7 +29,15 @@ from experiment_measures import attention_maps, bits_by_context, draw, for_sampl
 from experiments_page import write_page
 from harness import commit, device_name, write_whole
 from longstride.data import EvenWindows, PreparedData, decode_source, make_kind, open_source, prepare
-from longstride.training import Recipe, RunFolder, TrainingResult, evaluate, resolve_device, train
+from longstride.training import (
+    Recipe,
+    RunFolder,
+    TrainingResult,
+    evaluate,
+    parse_assignments,
+    resolve_device,
+    train,
+)
 from peers import why
 
 #: Steps before an arm that measure its time, and of these the first, which compile, allocate and warm up.
@@ -274,6 +282,7 @@ def main() -> None:
     parser.add_argument("--only", default="all", help=f"all, or names with commas: {','.join(EXPERIMENTS)}")
     parser.add_argument("--arms", type=lambda text: text.split(";"), help="names with semicolons; all unless given")
     parser.add_argument("--seconds", type=float, help="of training an arm; each experiment has its own")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe of every arm")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test of this script, on the CPU")
     parser.add_argument("--commit", help="what was measured, where there is no checkout to ask")
     parser.add_argument("--render", action="store_true", help="make the page and the pictures, and train nothing")
@@ -296,6 +305,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for name in names:
         experiment = tiny(EXPERIMENTS[name]) if options.tiny else EXPERIMENTS[name]
+        experiment = replace(experiment, recipe={**experiment.recipe, **parse_assignments(options.set)})
         if options.seconds is not None:
             experiment = replace(experiment, seconds=options.seconds)
         if not (options.data / experiment.data).is_dir():

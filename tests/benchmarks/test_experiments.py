@@ -160,11 +160,13 @@ def test_the_whole_way_at_tiny_sizes(tmp_path: Path, data: Path, monkeypatch: py
     images = json.loads((output / "images.json").read_text())["arms"]["strided"]
     assert images["evaluation"]["unit"] == "dim"
     # What is there is not trained again, and other arms are added.
-    monkeypatch.setattr(sys, "argv", [*start, "--only", "text", "--seconds", "0.1"])
+    slower = ["--set", "optimizer.learning_rate=0.0005"]
+    monkeypatch.setattr(sys, "argv", [*start, "--only", "text", "--seconds", "0.1", *slower])
     experiments.main()
     again = json.loads((output / "text.json").read_text())["arms"]
-    assert again["fixed"] == fixed
-    assert len(again) == 2
+    assert again.pop("fixed") == fixed
+    (other,) = again.values()
+    assert (fixed["recipe"]["optimizer.learning_rate"], other["recipe"]["optimizer.learning_rate"]) == (0.002, 0.0005)
     monkeypatch.setattr(sys, "argv", [*start, "--render"])
     experiments.main()
     page = (docs / "results.md").read_text()
