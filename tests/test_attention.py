@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
 from tests.oracle import assert_same, attend, make_inputs, results
 from tests.strategies import Thirds, random_table
@@ -270,15 +271,14 @@ def test_a_compiled_function_takes_the_pattern_of_each_call(fresh_compiler):  # 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # PyTorch's own, where it loads the inductor
 @pytest.mark.slow
-def test_the_inductor_compiles_it(fresh_compiler, monkeypatch):  # noqa: ARG001
-    # One process at a time: the compiler's pool costs more than this one function.
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
-
+def test_the_inductor_compiles_it(fresh_compiler):  # noqa: ARG001
     def step(q, k, v):
         return ls.attention(q.sin(), k, v.cos(), MERGED).square().sum()
 
     inputs = [x.detach().float().requires_grad_() for x in make_inputs(1, 2, 2, 64, 64, 8)]
-    wanted, got = (torch.autograd.grad(f(*inputs), inputs) for f in (step, torch.compile(step, fullgraph=True)))
+    # One process at a time: the compiler's pool costs more than this one function.
+    with inductor.patch(compile_threads=1):
+        wanted, got = (torch.autograd.grad(f(*inputs), inputs) for f in (step, torch.compile(step, fullgraph=True)))
     assert_all_close(got, wanted, 1e-4)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 
 import longstride as ls
 
@@ -59,10 +60,10 @@ TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 5e-3), torch.bfl
 
 
 @pytest.fixture(autouse=True)
-def one_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def one_compiler() -> Iterator[None]:
     """One process at a time: the compiler's pool costs more than these kernels."""
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
-    yield
+    with inductor.patch(compile_threads=1):
+        yield
     torch.compiler.reset()
 
 

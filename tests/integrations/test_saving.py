@@ -26,7 +26,7 @@ PATTERNS = ["Local(4)", "per_head(Fixed(4, 1), Strided(3))"]
 
 
 @dataclass(frozen=True)
-class EvenKeys(ls.Pattern):
+class KeysAtMultiples(ls.Pattern):
     """Every query reads itself and the earlier keys at multiples of `step`."""
 
     step: int
@@ -174,13 +174,13 @@ def test_a_table_is_what_its_name_says(make, tokens):
 
 
 def test_patterns_of_one_s_own(make, tokens, tmp_path):
-    model = ls.sparsify(make(), EvenKeys(3) | ls.Local(2))
+    model = ls.sparsify(make(), KeysAtMultiples(3) | ls.Local(2))
     again = reload(model, tmp_path)
-    assert again.config.longstride["patterns"] == ["EvenKeys(3) | Local(2)"]
+    assert again.config.longstride["patterns"] == ["KeysAtMultiples(3) | Local(2)"]
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     with pytest.raises(ls.PatternError, match=r"Nameless.*could not be saved with the model; make it a"):
         ls.sparsify(model, Nameless(3))
-    assert model.config.longstride["patterns"] == ["EvenKeys(3) | Local(2)"]
+    assert model.config.longstride["patterns"] == ["KeysAtMultiples(3) | Local(2)"]
 
 
 def test_a_class_that_is_defined_anew(make, tokens):
