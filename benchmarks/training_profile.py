@@ -29,7 +29,7 @@ def breakdown(stepper: Stepper, size: Size, steps: int = 3) -> dict:
     on_cpu = stepper.device == "cpu"
     activities = [ProfilerActivity.CPU, *([] if on_cpu else [ProfilerActivity.CUDA])]
     stepper.step()
-    with profile(activities=activities, record_shapes=True) as profiler:
+    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
         for _ in range(steps):
             stepper.step()
         if not on_cpu:

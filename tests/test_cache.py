@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.strategies import LONGEST
 from tests.test_attention_cached import CAUSAL, EXACT, HEADS, cache_for, decode, make
+from torch.profiler import ProfilerActivity
 
 import longstride as ls
 
@@ -25,7 +26,7 @@ BESIDE = 8 + 4 * 4
 def test_it_takes_the_bytes_that_were_said_beforehand(pattern, dtype):
     sizes = {**SIZES, "num_kv_heads": 2, "v_head_dim": 8, "batch": 3, "headroom": 2, "dtype": dtype}
     said = ls.cache_bytes(pattern, LONGEST, **sizes)  # and the layout is made
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         cache = ls.PatternCache(pattern, capacity=LONGEST, **sizes)
     taken = sum(event.self_cpu_memory_usage for event in profile.events())
     assert cache.nbytes == taken == said
