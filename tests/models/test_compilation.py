@@ -86,10 +86,14 @@ def test_more_patterns_than_torch_compile_takes_by_itself(make_model, tokens):
 @pytest.mark.slow
 def test_a_memory_grows_to_more_sizes_than_torch_compile_takes_by_itself(make_model, tokens):
     model = make_model(patterns="Strided(4)", block="modern", initializer_scale=1.0, num_hidden_layers=1, memory=10)
-    memory = SegmentMemory(model.train().config)
+    segments = tokens[:1, :11].split(1, dim=1)
+    memory, plain_memory = (SegmentMemory(model.train().config) for _ in range(2))
     with compiled_blocks(model, backend="eager"):
-        for segment in tokens[:1, :11].split(1, dim=1):
-            model(segment, memory=memory)
+        compiled = [model(segment, memory=memory).logits for segment in segments]
+    plain = [model(segment, memory=plain_memory).logits for segment in segments]
+    assert memory.seen == plain_memory.seen == [11]
+    assert memory.nbytes == plain_memory.nbytes > 0
+    torch.testing.assert_close(torch.cat(compiled, 1), torch.cat(plain, 1))
 
 
 def test_no_size_of_a_memory_is_one_too_many(make_model):
