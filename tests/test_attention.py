@@ -91,6 +91,22 @@ def test_gradients_of_any_strides_come_in(pattern):
         assert_all_close(got, wanted, 1e-11)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(("kv_heads", "q_len"), [(4, 23), (2, 23), (4, 7)])
+def test_results_lie_in_memory_as_what_they_were_made_of(pattern, kv_heads, q_len):
+    """Projections read them, and their gradients, without a copy; each of q, k and v may lie in its own way."""
+    by_head = make_inputs(2, 4, kv_heads, q_len, 23, 6, 10)
+    by_token = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in by_head]
+    wanted = ls.attention(*by_head, pattern)
+    for inputs in (by_head, by_token, (by_head[0], by_token[1], by_head[2]), (by_token[0], *by_head[1:])):
+        out, lse = ls.attention(*inputs, pattern, return_lse=True)
+        grads = torch.autograd.grad(out.square().sum(), inputs)
+        assert_all_close(grads, torch.autograd.grad(wanted.square().sum(), by_head, retain_graph=True), 1e-11)
+        assert lse.is_contiguous()
+        for result, like in zip((out, *grads), (inputs[0], *inputs), strict=True):
+            assert (result if like.is_contiguous() else result.transpose(1, 2)).is_contiguous()
+
+
 def test_the_inputs_are_left_alone():
     inputs = [x.detach() for x in make_inputs(2, 4, 2, 23, 30)]
     copies = [x.clone() for x in inputs]
@@ -275,20 +291,25 @@ def test_the_inductor_compiles_it(fresh_compiler):  # noqa: ARG001
     def step(q, k, v):
         return ls.attention(q.sin(), k, v.cos(), MERGED).square().sum()
 
-    inputs = [x.detach().float().requires_grad_() for x in make_inputs(1, 2, 2, 64, 64, 8)]
+    by_head = [x.detach().float().requires_grad_() for x in make_inputs(1, 2, 2, 64, 64, 8)]
+    by_token = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in by_head]
     # One process at a time: the compiler's pool costs more than this one function.
     with inductor.patch(compile_threads=1):
-        wanted, got = (torch.autograd.grad(f(*inputs), inputs) for f in (step, torch.compile(step, fullgraph=True)))
-    assert_all_close(got, wanted, 1e-4)
+        compiled = torch.compile(step, fullgraph=True)
+        for inputs in (by_head, by_token):
+            wanted, got = (torch.autograd.grad(f(*inputs), inputs) for f in (step, compiled))
+            assert_all_close(got, wanted, 1e-4)
 
 
 @pytest.mark.parametrize("pattern", [ls.Local(3), ls.Fixed(4, 1), ls.per_head(ls.Local(4), ls.LogSparse())], ids=str)
 def test_the_operator_is_registered_as_pytorch_asks(pattern):
     """Schema, autograd registration, fake tensors and the compiler's view of them."""
-    inputs = make_inputs(1, 2, 1, 10, 12, 4, 6)
-    ls.attention(*inputs, pattern)  # a pattern has its name in the operator once it was used
-    checks = torch.library.opcheck(torch.ops.longstride.attention, (*inputs, str(pattern), 0.5, "torch"))
-    assert set(checks.values()) == {"SUCCESS"}
+    by_head = make_inputs(1, 2, 2, 10, 12, 4, 6)
+    by_token = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in by_head]
+    ls.attention(*by_head, pattern)  # a pattern has its name in the operator once it was used
+    for inputs in (make_inputs(1, 2, 1, 10, 12, 4, 6), by_token, (by_head[0], *by_token[1:])):
+        checks = torch.library.opcheck(torch.ops.longstride.attention, (*inputs, str(pattern), 0.5, "torch"))
+        assert set(checks.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

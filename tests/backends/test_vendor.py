@@ -134,7 +134,6 @@ def test_dense_attention_on_the_view_is_strided_attention(stride, causal):
     wanted = ls.attention(*inputs, ls.Strided(stride, causal=causal), backend="reference", return_lse=True)
     for x, truth in zip((out, lse), wanted, strict=True):
         got = vendor.whole(x, 2, stride)
-        assert got.is_contiguous()
         torch.testing.assert_close(got, truth, rtol=0, atol=1e-12)
     assert torch.equal(vendor.whole(vendor.classed(inputs[0], stride), 2, stride), inputs[0])
 
@@ -247,11 +246,28 @@ def window(causal, left):
     return ls.Local(left + 1) if left is not None else ls.Causal() if causal else ls.Full()
 
 
-@pytest.mark.parametrize("pattern", [ls.Causal(), ls.Local(24), ls.Full(), ls.Dilated(6, 4)], ids=str)
-def test_flash_attn_4_writes_where_it_is_told(monkeypatch, pattern):
-    """Into contiguous results of ours, with nothing copied after it."""
+#: Of q [batch, heads, length, dim] as its name says: by head, by token, and with the batch inside.
+IN_MEMORY = {"bhtd": (0, 1, 2, 3), "bthd": (0, 2, 1, 3), "tbhd": (2, 0, 1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "order", "batch"),
+    [
+        (pattern, order, batch)
+        for pattern in (ls.Causal(), ls.Local(24), ls.Full(), ls.Dilated(6, 4))
+        for order, batch in (("bhtd", 2), ("bthd", 1), ("bthd", 2), ("tbhd", 2))
+        # The classes of two sequences by token are no view.
+        if (order, batch, pattern) != ("bthd", 2, ls.Dilated(6, 4))
+    ],
+    ids=str,
+)
+def test_flash_attn_4_writes_where_it_is_told(monkeypatch, pattern, order, batch):
+    """Into results of ours that lie in memory as q, k and v do."""
     monkeypatch.setattr(vendor, "_flash_attn_4", lambda: FlashAttention4)
-    inputs = make_inputs(2, 4, 4, 64, 64, 64, dtype=torch.float64)
+    places = IN_MEMORY[order]
+    back = [places.index(place) for place in range(4)]
+    by_head = make_inputs(batch, 4, 4, 64, 64, 64, dtype=torch.float64)
+    inputs = [x.detach().permute(places).contiguous().permute(back).requires_grad_() for x in by_head]
     with torch.no_grad():
         out, lse = vendor.forward(*inputs, pattern, 0.2)
         assert torch.equal(vendor.forward_only(*inputs, pattern, 0.2), out)
@@ -259,7 +275,8 @@ def test_flash_attn_4_writes_where_it_is_told(monkeypatch, pattern):
     truth, truth_lse = ls.attention(*inputs, pattern, scale=0.2, backend="reference", return_lse=True)
     wanted = (truth, truth_lse, *torch.autograd.grad(truth.sum(), inputs))
     for found, expected in zip((out, lse, *grads), wanted, strict=True):
-        assert found.is_contiguous()
+        by_token = found.dim() == 4 and order != "bhtd"
+        assert (found.transpose(1, 2) if by_token else found).is_contiguous()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 

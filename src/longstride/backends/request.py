@@ -99,7 +99,7 @@ class Backend(Protocol):
         ...
 
     def forward(self, q: Any, k: Any, v: Any, pattern: Pattern, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse, both new and contiguous."""
+        """out and lse, both new; out lies in memory as `layout.empty_as` makes it of q, lse contiguous."""
         ...
 
     def forward_only(self, q: Any, k: Any, v: Any, pattern: Pattern, scale: float) -> torch.Tensor:
@@ -109,7 +109,10 @@ class Backend(Protocol):
     def backward(
         self, grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, pattern: Pattern, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of q, k and v, contiguous; grad_lse is a tensor or None. Any backend's out and lse will do."""
+        """Gradients of q, k and v, laid as `layout.empty_as` of each; grad_lse is a tensor or None.
+
+        Any backend's out and lse will do.
+        """
         ...
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from longstride.backends.layout import empty_as, laid_as
 from longstride.backends.request import Request
 from longstride.patterns import Pattern
 from longstride.patterns.regions import Band
@@ -236,21 +237,21 @@ def _by_token(x: torch.Tensor, dilation: int) -> torch.Tensor:
 
 
 def whole(x: torch.Tensor, batch: int, dilation: int) -> torch.Tensor:
-    """The inverse of `classed`, contiguous; of a log-sum-exp too, without dim."""
+    """The inverse of `classed`, of a log-sum-exp too, without dim."""
     if dilation > 1:
         x = x.transpose(1, 2).flatten(1, 2).unflatten(0, (batch, -1))
-    return x.contiguous()
+    return x
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, contiguous; not differentiable by itself."""
+    """out in the order of q, and lse, contiguous; not differentiable by itself."""
     out, lse = _forward(q, k, v, pattern, scale, wants_lse=True)
     dilation = _classes_of(q, pattern).dilation
     # cuDNN has a last dim of 1 for the log-sum-exp; FlashAttention of some versions rounds its rows up.
     lse = lse.reshape(*lse.shape[:2], -1)[..., : q.shape[2] // dilation]
-    return out, whole(lse, q.shape[0], dilation)
+    return out, whole(lse, q.shape[0], dilation).contiguous()
 
 
 def forward_only(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float) -> torch.Tensor:
@@ -261,7 +262,7 @@ def forward_only(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pat
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float, wants_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out, contiguous, and the log-sum-exp as the kernel leaves it, which means nothing where it is not wanted."""
+    """out in the order of q, and the log-sum-exp as the kernel leaves it: meaningless where it is not wanted."""
     classes = _classes_of(q, pattern)
     dilation, causal = classes.dilation, classes.causal
     if scale <= 0:
@@ -270,10 +271,11 @@ def _forward(
     q, k, v = (_aligned(x) for x in (q, k, v))
     newest = _newest(classes, q.shape[3], q.shape[1] != k.shape[1])
     if newest is not None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = _room(q, dilation)
         by_token = (_by_token(x, dilation) for x in (q, k, v))
         asked = {"softmax_scale": scale, "causal": causal, "window_size_left": _left(classes), "return_lse": wants_lse}
-        return out, newest._flash_attn_fwd(*by_token, **asked, out=_by_token(out, dilation))[1]
+        lse = newest._flash_attn_fwd(*by_token, **asked, out=_by_token(out, dilation))[1]
+        return laid_as(out, q), lse
     views = (classed(x, dilation) for x in (q, k, v))
     if kernel() == "cudnn":
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
@@ -281,7 +283,7 @@ def _forward(
     else:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse = flash(*views, 0.0, causal, False, scale=scale)[:2]
-    return whole(out, q.shape[0], dilation), lse
+    return laid_as(whole(out, q.shape[0], dilation), q), lse
 
 
 def backward(
@@ -295,7 +297,7 @@ def backward(
     pattern: Pattern,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, contiguous."""
+    """Gradients in the orders of q, k and v."""
     assert grad_lse is None, "requests with gradients through the log-sum-exp are refused"
     if scale <= 0:
         grad_q, grad_k, grad_v = backward(grad_out, None, q * scale, k, v, out, lse, pattern, 1.0)
@@ -305,17 +307,18 @@ def backward(
     batch = q.shape[0]
     q, k, v = (_aligned(x) for x in (q, k, v))
     # cuDNN wants both of these in one layout.
-    out, grad_out = out.contiguous(), grad_out.contiguous()
+    out, grad_out = laid_as(out, q), laid_as(grad_out, q)
     newest = _newest(DENSE, q.shape[3])
     if newest is not None:
         by_token = (_by_token(x, dilation) for x in (q, k, v, out, grad_out))
         classed_lse = classed(lse[..., None], dilation)[..., 0].contiguous()
         asked = {"softmax_scale": scale, "causal": causal, "window_size_left": _left(classes)}
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        grads = [_room(x, dilation) for x in (q, k, v)]
         views = (_by_token(grad, dilation) for grad in grads)
         newest._flash_attn_bwd(*by_token, classed_lse, **asked, **dict(zip(("dq", "dk", "dv"), views, strict=True)))
-        grad_q, grad_k, grad_v = grads
+        grad_q, grad_k, grad_v = (laid_as(grad, x) for grad, x in zip(grads, (q, k, v), strict=True))
         return grad_q, grad_k, grad_v
+    likes = (q, k, v)
     q, k, v, out, grad_out = (classed(x, dilation) for x in (q, k, v, out, grad_out))
     lse = classed(lse[..., None], dilation).contiguous()
     rows = q.shape[2]
@@ -331,8 +334,15 @@ def backward(
         flash = torch.ops.aten._scaled_dot_product_flash_attention_backward
         known = (grad_out, q, k, v, out, lse[..., 0], None, None, rows, rows)
         grads = flash(*known, 0.0, causal, seed, offset, scale=scale)
-    grad_q, grad_k, grad_v = (whole(grad, batch, dilation) for grad in grads[:3])
+    grad_q, grad_k, grad_v = (
+        laid_as(whole(grad, batch, dilation), x) for grad, x in zip(grads[:3], likes, strict=True)
+    )
     return grad_q, grad_k, grad_v
+
+
+def _room(x: torch.Tensor, dilation: int) -> torch.Tensor:
+    """A new tensor of x's shape whose classes are a view; in the order of x where that is one."""
+    return empty_as(x) if dilation == 1 or x.shape[0] == 1 else x.new_empty(x.shape)
 
 
 def _left(classes: Classes) -> int | None:

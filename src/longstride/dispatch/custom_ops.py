@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from longstride.backends.layout import empty_as
 from longstride.backends.request import Request
 from longstride.dispatch.checks import no_autocast, wants_gradients, watched
 from longstride.dispatch.choice import BACKENDS, backward_of, forward_of, settled
@@ -107,7 +108,7 @@ def _attention(
 
 @_attention.register_fake
 def _(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_settings: Any) -> Any:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return empty_as(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
 @torch.library.custom_op("longstride::attention_backward", mutates_args=())
@@ -128,7 +129,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(_grad_out: Any, _grad_lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_others: Any) -> Any:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return empty_as(q), empty_as(k), empty_as(v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

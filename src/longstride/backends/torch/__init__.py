@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
+from longstride.backends.layout import empty_as, laid_as
 from longstride.backends.request import DTYPES, Request, accumulator
 from longstride.backends.torch.engine import run_backward, run_forward
 from longstride.backends.torch.fused import kernel
@@ -52,7 +53,7 @@ def forward(
     batch, heads, q_len, _ = q.shape
     made = plan(pattern, q_len, k.shape[2], heads)
     dtype = accumulator(q.dtype)
-    out = torch.empty(batch, heads, q_len, v.shape[3], dtype=q.dtype, device=q.device)
+    out = empty_as(q, v.shape[3])
     lse = torch.empty(batch, heads, q_len, dtype=dtype, device=q.device)
     for members, parts in made.groups:
         inputs = _inputs(q, k, v, members, scale)
@@ -61,7 +62,7 @@ def forward(
         group_out = result.out[..., : v.shape[3]].unflatten(0, shape)
         group_lse = result.lse.unflatten(0, shape)
         if len(made.groups) == 1:
-            return group_out.to(q.dtype).contiguous(), group_lse
+            return laid_as(group_out.to(q.dtype), q), group_lse
         out[:, _heads(members)] = group_out.to(q.dtype)
         lse[:, _heads(members)] = group_lse
     return out, lse
@@ -86,7 +87,7 @@ def backward(
     delta = torch.linalg.vecdot(out.to(dtype), grad_out.to(dtype))
     delta = delta if grad_lse is None else delta - grad_lse
     counted = lse.masked_fill(lse == float("-inf"), float("inf"))
-    grad_q = q.new_empty(q.shape)
+    grad_q = empty_as(q)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (k, v))
     for members, parts in made.groups:
         inputs = _inputs(q, k, v, members, scale)
@@ -98,8 +99,9 @@ def backward(
         run_backward(inputs, parts, grads)
         shape = (batch, len(members))
         if len(made.groups) == 1 and heads == kv_heads:
-            whole = (grads.q[..., :dim], grads.k[..., :dim], grads.v[..., :v_dim])
-            return tuple(x.unflatten(0, shape).to(q.dtype).contiguous() for x in whole)  # type: ignore[return-value]
+            whole = ((grads.q[..., :dim], q), (grads.k[..., :dim], k), (grads.v[..., :v_dim], v))
+            grad_q, grad_k, grad_v = (laid_as(x.unflatten(0, shape).to(q.dtype), like) for x, like in whole)
+            return grad_q, grad_k, grad_v
         grad_q[:, picked] = grads.q[..., :dim].unflatten(0, shape).to(q.dtype)
         readers = torch.tensor([head * kv_heads // heads for head in members], device=q.device)
         if heads == kv_heads:
@@ -108,7 +110,7 @@ def backward(
         else:
             grad_k.index_add_(1, readers, grads.k[..., :dim].unflatten(0, shape))
             grad_v.index_add_(1, readers, grads.v[..., :v_dim].unflatten(0, shape))
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+    return grad_q, laid_as(grad_k.to(k.dtype), k), laid_as(grad_v.to(v.dtype), v)
 
 
 def forward_varlen(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from longstride.backends.layout import empty_as
 from longstride.backends.request import Request
 from longstride.backends.triton.lowering import obstacles
 from longstride.patterns import Pattern
@@ -89,7 +90,7 @@ def forward(
     from longstride.backends.triton.launch import run_forward
 
     made = _prepared(q, k, v, pattern)
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    out = empty_as(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     with _on(q):
         run_forward(q, k, v, made, scale, out, lse, k.shape[2] - q.shape[2], k.shape[2])
@@ -111,7 +112,7 @@ def backward(
     from longstride.backends.triton.launch import run_backward
 
     made = _prepared(q, k, v, pattern)
-    grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    grads = (empty_as(q), empty_as(k), empty_as(v))
     with _on(q):
         run_backward(grad_out, grad_lse, q, k, v, out, lse, made, scale, grads, k.shape[2] - q.shape[2], k.shape[2])
     return grads
