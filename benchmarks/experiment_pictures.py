@@ -21,34 +21,41 @@ GAP, ZOOM = 2, 3
 SPECTROGRAM_WINDOW, SPECTROGRAM_STEP = 1024, 256
 
 
-def _axes(width: float = 6.4, height: float = 3.8, count: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(1, count, number + 1) for number in range(count)]
+def _axes(width: float = 6.4, height: float = 3.8, count: int = 1, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """``count`` panels of that size, at most so many in a row."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def draw_curves(result: dict, path: Path) -> Path:
-    """Bits against seconds of training: the validation split, and faintly the training batches."""
+    """Bits against seconds and against tokens of training: the validation split, and faintly the training batches."""
     with matplotlib.rc_context(STYLE):
-        figure, (ax,) = _axes()
+        figure, axes = _axes(5.2, count=2)
         lowest, highest = float("inf"), 0.0
         for number, (name, arm) in enumerate(result["arms"].items()):
             colour = PARTS[number % len(PARTS)]
-            seconds, _, bits = zip(*arm["training"], strict=True)
-            ax.plot(seconds, bits, color=colour, linewidth=0.6, alpha=0.35)
-            seconds, _, bits = zip(*arm["validation"], strict=True)
-            ax.plot(seconds, bits, color=colour, linewidth=1.4, marker="o", markersize=2.5, label=name)
+            for curve, looks in (
+                ("training", {"linewidth": 0.6, "alpha": 0.35}),
+                ("validation", {"linewidth": 1.4, "marker": "o", "markersize": 2.5, "label": name}),
+            ):
+                seconds, steps, bits = zip(*arm[curve], strict=True)
+                axes[0].plot(seconds, bits, color=colour, **looks)
+                axes[1].plot([n * arm["tokens_per_step"] / 1e6 for n in steps], bits, color=colour, **looks)
             lowest, highest = min(lowest, *bits), max(highest, bits[len(bits) // 4])
         # The beginning, where all fall steeply, would squeeze the rest.
         margin = 0.1 * (highest - lowest) or 0.1
-        ax.set_ylim(lowest - margin, highest + margin)
-        ax.set_xlabel("seconds of training")
-        ax.set_ylabel(f"bits per {result['unit']}")
-        ax.grid(color=FORBIDDEN, linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.legend(loc="upper right")
+        for ax, label in zip(axes, ("seconds of training", f"millions of {result['unit']}s read"), strict=True):
+            ax.set_ylim(lowest - margin, highest + margin)
+            ax.set_xlabel(label)
+            ax.grid(color=FORBIDDEN, linewidth=0.8)
+            ax.set_axisbelow(True)
+        axes[0].set_ylabel(f"bits per {result['unit']}")
+        axes[1].legend(loc="upper right")
         return save(figure, path)
 
 
@@ -73,7 +80,7 @@ def draw_context(result: dict, path: Path) -> Path:
 def draw_maps(maps: Mapping[str, np.ndarray], path: Path) -> Path:
     """Learned attention, a panel a pattern: queries downwards, keys to the right, square roots of the weights."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(3.2 * len(maps), 3.5, len(maps))
+        figure, axes = _axes(3.6, 3.7, len(maps))
         for ax, (title, picture) in zip(axes, maps.items(), strict=True):
             ax.imshow(picture, cmap="magma", interpolation="nearest", vmin=0, vmax=max(1, np.quantile(picture, 0.999)))
             ax.set_title(title)

@@ -103,6 +103,43 @@ def orders(name: str, result: dict) -> list[str]:
     return sentences
 
 
+def overtakings(result: dict) -> list[str]:
+    """How soon the other arms of dense's length have the bits of validation that dense ends with, in words."""
+    arms = result["arms"]
+    dense = arms.get("dense")
+    if dense is None:
+        return []
+    sentences = []
+    for name, arm in arms.items():
+        if arm is dense or arm["recipe"].get("data.context") != dense["recipe"].get("data.context"):
+            continue
+        share = share_of_time(arm["validation"], dense["validation"])
+        sentences.append(
+            f"{name} does not reach the bits that dense ends with"
+            if share is None
+            else f"{name} reaches the bits that dense ends with in {share:.2f} of dense's time (aim: 0.5 or less)"
+        )
+    return sentences
+
+
+def share_of_time(curve: list[list[float]], dense: list[list[float]]) -> float | None:
+    """When a curve of (seconds, step, bits) comes to the other's last bits, as a share of the other's seconds.
+
+    Between two evaluations the bits are taken to fall evenly. Both schedules are stretched over the same time, so that
+    the curve is held in the middle of its own against the end of the other's.
+    """
+    ended, _, wanted = dense[-1]
+    before: list[float] | None = None
+    for point in curve:
+        seconds, _, bits = point
+        if bits <= wanted:
+            if before is None:
+                return seconds / ended
+            return (before[0] + (seconds - before[0]) * (before[2] - wanted) / (before[2] - bits)) / ended
+        before = point
+    return None
+
+
 def _experiment(name: str, result: dict, results: Path, docs: Path) -> list[str]:
     arms, unit = result["arms"], result["unit"]
     first = next(iter(arms.values()))
@@ -134,9 +171,9 @@ def _experiment(name: str, result: dict, results: Path, docs: Path) -> list[str]
         f"theirs). `xz -9e` needs {found['xz_bits_per_byte']:.3f}, the {unit}s' frequencies alone "
         f"{found['order0_bits_per_byte']:.3f}.",
         "",
-        *(f"- {sentence}" for sentence in orders(name, result)),
+        *(f"- {sentence}" for sentence in (*orders(name, result), *overtakings(result))),
         "",
-        f"![bits against seconds](results/{draw_curves(result, folder / f'{name}-curves.png').name})",
+        f"![bits against seconds and tokens](results/{draw_curves(result, folder / f'{name}-curves.png').name})",
         "",
         *_context_table(result),
         f"![bits by context](results/{draw_context(result, folder / f'{name}-context.png').name})",

@@ -32,6 +32,7 @@ def arm(bits: float, name: str, **more: object) -> dict:
         "device": "a device", "torch": "2", "triton": "3", "commit": "0", "wanted_seconds": 1.0,
         "data": {"tokens": {"train": 1000}}, "patterns": [f"Local({len(name)})"], "recipe": {"data.context": 64},
         "parameters": 12, "step_s": 0.1, "steps": 10, "ended": "finished", "tokens": 10**6, "seconds": 1.0,
+        "tokens_per_step": 10**5,
         "training": [[0.1, 1, 8.0], [1.0, 10, bits]], "validation": [[0.5, 5, bits + 1], [1.0, 10, bits]],
         "evaluation": {
             "bits_per_byte": bits, "counted_bytes": 99, "min_context": 32, "max_context": 64,
@@ -69,6 +70,7 @@ def test_the_page_of_made_up_results(tmp_path: Path) -> None:
     assert "| CIFAR-10 | 59 M, strided, T 3,072 | 2.80 | - | - | not run |" in page
     assert "the paper has fixed ahead of dense: confirmed (+0.100 bits)" in page
     assert "the paper has dense ahead of strided: not confirmed (-0.050 bits)" in page
+    assert "- fixed reaches the bits that dense ends with in 0.95 of dense's time" in page
     assert "| at least | 0 | 32 |" in page
     assert "Not trained: local: out of memory" in page
     assert "\nSo far.\n" in page
@@ -79,6 +81,14 @@ def test_the_page_of_made_up_results(tmp_path: Path) -> None:
             assert picture.width > 400
     with pytest.raises(SystemExit, match="run the experiments first"):
         experiments_page.write_page(tmp_path / "nothing", docs)
+
+
+def test_the_share_of_time_that_the_same_bits_took() -> None:
+    dense = [[50.0, 5, 2.5], [100.0, 10, 2.0]]
+    curve = [[20.0, 9, 3.0], [40.0, 18, 1.5], [90.0, 40, 1.0]]
+    assert experiments_page.share_of_time(curve, dense) == pytest.approx((20 + 20 * 1.0 / 1.5) / 100)
+    assert experiments_page.share_of_time(curve[1:], dense) == 0.4
+    assert experiments_page.share_of_time(curve[:1], dense) is None
 
 
 def test_bits_by_context() -> None:
