@@ -176,8 +176,8 @@ def _recipe_text(arm: dict) -> str:
         f"step; {OPTIMIZERS[value('optimizer.name', 'adamw')]}, peak learning rate "
         f"{value('optimizer.learning_rate', 1.5e-3)}, betas {value('optimizer.adam_beta1', 0.9)} and "
         f"{value('optimizer.adam_beta2', 0.95)}, decay {value('optimizer.weight_decay', 0.01)}, "
-        f"{value('schedule.warmup_steps', 60)} steps to warm up, a cosine to "
-        f"zero; {value('run.precision', 'fp32')}."
+        f"{value('schedule.warmup_steps', 60)} steps to warm up, a cosine to zero; "
+        f"{value('run.precision', 'fp32')}."
     )
 
 

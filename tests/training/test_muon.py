@@ -175,7 +175,7 @@ def test_the_schedule_reaches_all_groups(tmp_path):
 
 
 def test_state_is_saved_and_loaded_as_one(tmp_path):
-    """Also over a change of the optimizer's state by accelerate's wrapper, which loads it once at its beginning."""
+    """Also by accelerate's wrapper, which loads the state once at its beginning; and rates still reach all groups."""
     model = tiny()
     optimizer = AcceleratedOptimizer(optimizer_of(model, tmp_path))
     generator = torch.Generator().manual_seed(1)
@@ -187,9 +187,17 @@ def test_state_is_saved_and_loaded_as_one(tmp_path):
     resumed = optimizer_of(other, tmp_path)
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     for trained, by in ((model, optimizer), (other, resumed)):
+        for group in by.param_groups:
+            group["lr"] = PEAK / 2
         give_gradients(trained, torch.Generator().manual_seed(2))
         by.step()
+    again = copy.deepcopy(other)
     for (name, parameter), same in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, same), name
+    for group in resumed.param_groups:
+        group["lr"] = 0.0
+    resumed.step()
+    for (name, parameter), same in zip(again.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, same), name
 
 

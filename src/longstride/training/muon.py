@@ -32,7 +32,7 @@ class MuonWithAdamW(Optimizer):
     Muon's steps are scaled by 0.2 sqrt(max(rows, columns)), which gives them the size that AdamW's usually have; so a
     learning rate, a weight decay and a schedule mean the same for both. Momentum is 0.95, with Nesterov's look ahead,
     and orthogonalisation takes 5 Newton-Schulz iterations in bfloat16 on every device: torch's defaults. torch has
-    no batched form of it, so each map of each layer is some 25 small kernels.
+    no batched form of it: each map of each layer is some 25 kernels a step, however many tokens went through the model.
 
     Maps that are stacked in one parameter, such as those to queries, keys and values, are orthogonalised one by one:
     Muon is given views of the parameter, of its gradient and of its momentum. Groups and state are those of whole
