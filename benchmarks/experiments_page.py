@@ -32,6 +32,7 @@ ORDER = {
     "text": (("fixed", "dense"), ("dense", "strided")),
     "images": (("strided", "dense"), ("strided", "fixed")),
 }
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 DIFFERS = {
     "text": "other text (not enwik8), a smaller model, minutes instead of days",
     "images": "fewer, wider layers; minutes of training instead of 120 epochs",
@@ -209,10 +210,11 @@ def _recipe_text(arm: dict) -> str:
         f"{value('model.num_hidden_layers', 4)} layers, d {value('model.hidden_size', 128)}, "
         f"{value('model.num_attention_heads', 4)} heads, block {value('model.block', 'sparse_transformer')}, dropout "
         f"{value('model.dropout', 0.0)}; T {value('data.context', 512):,}, {value('schedule.batch_size', 2)} windows a "
-        f"step; AdamW, peak learning rate {value('optimizer.learning_rate', 1.5e-3)}, betas "
-        f"{value('optimizer.adam_beta1', 0.9)} and {value('optimizer.adam_beta2', 0.95)}, decay "
-        f"{value('optimizer.weight_decay', 0.01)}, {value('schedule.warmup_steps', 60)} steps to warm up, a cosine to "
-        f"zero; {value('run.precision', 'fp32')}."
+        f"step; {OPTIMIZERS[value('optimizer.name', 'adamw')]}, peak learning rate "
+        f"{value('optimizer.learning_rate', 1.5e-3)}, betas {value('optimizer.adam_beta1', 0.9)} and "
+        f"{value('optimizer.adam_beta2', 0.95)}, decay {value('optimizer.weight_decay', 0.01)}, "
+        f"{value('schedule.warmup_steps', 60)} steps to warm up, a cosine to zero; "
+        f"{value('run.precision', 'fp32')}."
     )
 
 

@@ -24,6 +24,7 @@ from longstride.training import (
     read_classification_recipe,
     train_classifier,
 )
+from longstride.training.muon import MuonWithAdamW
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -101,6 +102,18 @@ def test_it_learns_and_the_saved_model_says_the_same(data, tmp_path):
     texts = [document.text for document in test]
     expected = document_log_probabilities(result.model, texts, **options)
     assert torch.equal(document_log_probabilities(loaded, texts, **options), expected)
+
+
+def test_muon_trains_both_phases(data, tmp_path, monkeypatch):
+    step, groups = MuonWithAdamW.step, []
+
+    def watched(self, closure=None):
+        groups.append(len(self.param_groups[0]["params"]))
+        return step(self, closure)
+
+    monkeypatch.setattr(MuonWithAdamW, "step", watched)
+    train_classifier(recipe(optimizer__name="muon", pretraining__steps=2), data, tmp_path, lambda _: None)
+    assert groups == [4] * 4
 
 
 def test_a_document_is_judged_by_the_mean_over_its_pieces(data, tmp_path):

@@ -90,6 +90,7 @@ def test_unknown_keys_of_a_file_name_the_file(tmp_path):
         ("optimizer.learning_rate", ".nan", "optimizer.learning_rate is '.nan': it must be a number"),
         ("optimizer.learning_rate", float("inf"), "optimizer.learning_rate is inf: it must be a finite number"),
         ("optimizer.adam_beta2", 1.0, "optimizer.adam_beta2 is 1.0: it must be at least 0 and below 1"),
+        ("optimizer.name", "sgd", "optimizer.name is 'sgd': it must be one of adamw, muon"),
         ("run.tensorboard", 1, "run.tensorboard is 1: it must be true or false"),
         ("run.precision", "fp8", "run.precision is 'fp8': it must be one of fp32, bf16, fp16"),
         ("run.device", "tpu", "run.device is 'tpu': it must be one of auto, cpu, cuda, mps"),
@@ -145,3 +146,5 @@ def test_resuming_may_change_what_the_curve_does_not_depend_on():
     started.override({"schedule.steps": 10, "run.device": "cpu", "sample.count": 0}).check_resumable(started)
     with pytest.raises(RecipeError, match=r"model\.hidden_size is .* in the run to resume and cannot become 64"):
         started.override({"model.hidden_size": 64}).check_resumable(started)
+    with pytest.raises(RecipeError, match=r"optimizer\.name is 'adamw' in the run to resume and cannot become 'muon'"):
+        started.override({"optimizer.name": "muon"}).check_resumable(started)

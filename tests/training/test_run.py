@@ -2,6 +2,7 @@
 
 import errno
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from longstride.errors import ArgumentError, CheckpointError, LongstrideError
 from longstride.training import Recipe, RunFolder, read_curve, train
 from longstride.training import run as run_module
 from longstride.training.checkpoints import list_checkpoints
+from longstride.training.muon import MuonWithAdamW
 from longstride.training.run import check_precision, resolve_device
 
 TEXT = b"".join(b"line %d of a text that repeats itself\n" % number for number in range(300))
@@ -88,6 +90,31 @@ def test_training_learns(start):
     run.train()
     losses = run.losses()
     assert losses[60] < 0.6 * losses[1]
+
+
+def test_training_with_muon_learns_within_40_steps(start):
+    run = start(optimizer__name="muon", schedule__steps=40, optimizer__learning_rate=0.01, run__checkpoint_every=100)
+    run.train()
+    losses = run.losses()
+    assert losses[40] < 0.8 * losses[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_with_muon_goes_on_exactly(start, precision):
+    """From a checkpoint in the middle: the same curve, and the same weights bit for bit."""
+    changed = {"optimizer__name": "muon", "model__block": "modern", "model__dropout": 0.1, "run__precision": precision}
+    whole, parted = start("whole", **changed), start("parted", **changed)
+    expected = whole.train().model.state_dict()
+    parted.train()
+    shutil.rmtree(list_checkpoints(parted.folder.checkpoints)[-1].folder)
+    result = parted.train()
+    assert "Resuming at step 10 of 12" in "".join(parted.lines)
+    assert read_curve(parted.folder.metrics) == read_curve(whole.folder.metrics)
+    for name, weight in result.model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+    other = start("other", **changed | {"optimizer__name": "adamw"})
+    other.train()
+    assert other.losses() != whole.losses()
 
 
 def test_newest_checkpoints_are_kept_and_the_last_is_the_result(start):
@@ -171,6 +198,22 @@ def test_clipping_and_weight_decay_arrive_at_the_optimiser(start):
     assert result.model.lm_head.weight.abs().max() < 1e-4
     moved = start("b").train()
     assert moved.model.lm_head.weight.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("most", [0.05, 0.0])
+def test_muon_steps_on_clipped_gradients(start, monkeypatch, most):
+    """A norm of 0 is no clipping, as with AdamW alone."""
+    step, norms = MuonWithAdamW.step, []
+
+    def watched(self, closure=None):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(self, closure)
+
+    monkeypatch.setattr(MuonWithAdamW, "step", watched)
+    start(optimizer__name="muon", optimizer__max_grad_norm=most).train()
+    assert len(norms) == 12
+    assert (max(norms) < 0.0501) == (most > 0)
 
 
 def test_tensorboard_files_have_bits_per_byte(start):

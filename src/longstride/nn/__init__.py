@@ -9,6 +9,7 @@ from longstride.nn.modern_block import GatedFeedForward, ModernBlock
 from longstride.nn.positions import FactorizedPositions, default_axes
 from longstride.nn.rotary import RotaryPositions, RotarySelfAttention, rotate
 from longstride.nn.self_attention import Documents, Earlier, KeysValues, SelfAttention
+from longstride.nn.stacked_projection import StackedProjection
 from longstride.nn.token_loss import chunk_loss, chunk_tokens, summed_token_loss
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RotaryPositions",
     "RotarySelfAttention",
     "SelfAttention",
+    "StackedProjection",
     "chunk_loss",
     "chunk_tokens",
     "default_axes",

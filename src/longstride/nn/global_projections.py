@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longstride.errors import PatternError
+from longstride.nn.stacked_projection import StackedProjection
 from longstride.patterns import Global, Pattern, Union
 
 
@@ -54,7 +55,7 @@ class GlobalProjections(nn.Module):
         self.widths = [qk_hidden_size, hidden_size]
         # Queries of a few tokens, keys and values of all: two maps.
         self.q_proj = nn.Linear(hidden_size, qk_hidden_size, bias=False)
-        self.kv_proj = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.kv_proj = StackedProjection(hidden_size, self.widths)
 
     def index(self, length: int, device: torch.device) -> Tensor:
         """int64[n]: the global tokens of a sequence of that length."""

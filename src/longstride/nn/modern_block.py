@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from longstride.nn.blocks import PreNormBlock
 from longstride.nn.initialization import ResidualProjection
+from longstride.nn.stacked_projection import StackedProjection
 
 
 class GatedFeedForward(nn.Module):
@@ -20,8 +21,7 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        # W_1 and W_2 as one map: x is read once.
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.gate_up_proj = StackedProjection(hidden_size, (intermediate_size, intermediate_size))  # W_1 and W_2
         self.down_proj = ResidualProjection(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from longstride.attention_varlen import attention_varlen
 from longstride.cache import PatternCache
 from longstride.errors import ArgumentError
 from longstride.nn.initialization import ResidualProjection
+from longstride.nn.stacked_projection import StackedProjection
 from longstride.patterns import Pattern
 
 #: A layer's keys [batch, num_heads, length, head_dim] and values [batch, num_heads, length, v_head_dim].
@@ -94,7 +95,7 @@ class PatternAttention(nn.Module):
         self.num_heads = num_heads
         self.backend = backend
         self.widths = [qk_hidden_size, qk_hidden_size, hidden_size]
-        self.qkv_proj = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.qkv_proj = StackedProjection(hidden_size, self.widths)
         self.out_proj = ResidualProjection(hidden_size, hidden_size, bias=False)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

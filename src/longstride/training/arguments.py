@@ -22,6 +22,8 @@ def trainer_arguments(
 ) -> TrainingArguments:
     """Trainer's arguments: AdamW, a warm-up and a cosine down to zero, items in order, on one device.
 
+    They have no name for Muon: see `longstride.training.recipe_trainer.RecipeTrainer`.
+
     Args:
         folder: where Trainer may write.
         precision: ``fp32``, ``bf16`` or ``fp16``.

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from longstride.data import LabelledSplits
 from longstride.errors import LongstrideError
 from longstride.training.classification_evaluation import evaluate_classifier
 from longstride.training.classification_recipe import ClassificationRecipe
+from longstride.training.recipe_trainer import RecipeTrainer
 from longstride.training.trainer import Interruption
 
 
-class DocumentTrainer(Trainer):
+class DocumentTrainer(RecipeTrainer):
     """Trainer whose evaluation judges whole documents of the validation split.
 
     Args:
@@ -28,12 +29,9 @@ class DocumentTrainer(Trainer):
     """
 
     def __init__(self, *, recipe: ClassificationRecipe, data: LabelledSplits, **options: Any) -> None:
-        super().__init__(**options)
-        # The mean over an accumulated batch is the mean of its parts; see `ByteTrainer`.
-        self.model_accepts_loss_kwargs = False
+        super().__init__(optimizer_name=recipe.optimizer.name, **options)
         self.recipe = recipe
         self.data = data
-        self.remove_callback(PrinterCallback)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Accuracy and loss on the validation documents."""

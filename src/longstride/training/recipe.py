@@ -82,12 +82,15 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW, with gradients clipped to a norm. Decay and norm are those of the paper, sec. 6; it names no betas.
+    """AdamW, alone or with Muon, after clipping to a norm. Decay and norm are the paper's, sec. 6; it names no betas.
 
     Args:
-        learning_rate: the peak, reached at the end of the warm-up.
+        name: ``adamw``, or ``muon`` for `longstride.training.muon.MuonWithAdamW`.
+        learning_rate: the peak, reached at the end of the warm-up; of Muon's steps as of AdamW's.
+        adam_beta1, adam_beta2: AdamW's alone.
     """
 
+    name: str = "adamw"
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
@@ -176,12 +179,14 @@ class SampleRecipe:
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DOCUMENTS = ("joined", "packed")
+OPTIMIZERS = ("adamw", "muon")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 CHOICES = {
     "run.precision": PRECISIONS,
     "run.device": DEVICES,
     "run.recompute": RECOMPUTE,
     "model.block": BLOCKS,
+    "optimizer.name": OPTIMIZERS,
     "data.on_corrupt": ON_CORRUPT,
     "data.documents": DOCUMENTS,
 }

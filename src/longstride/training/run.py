@@ -150,6 +150,7 @@ def train(
             curve=curve,
             checkpoints=folder.checkpoints,
             keep_checkpoints=recipe.run.keep_checkpoints,
+            optimizer_name=recipe.optimizer.name,
             model=model,
             args=_training_arguments(recipe, folder, device),
             train_dataset=batches.train,

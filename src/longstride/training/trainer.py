@@ -16,19 +16,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from longstride.data import written_whole
 from longstride.errors import CheckpointError
 from longstride.models import SegmentMemory, SparseTransformerForCausalLM
 from longstride.training.checkpoints import list_checkpoints, prune, seal
 from longstride.training.curve import Curve, bits
+from longstride.training.recipe_trainer import RecipeTrainer
 
 #: What a checkpoint holds of a model with a memory, beside Trainer's files.
 MEMORY = "memory.pt"
 
 
-class ByteTrainer(Trainer):
+class ByteTrainer(RecipeTrainer):
     """Trainer with windows in order, a curve, and atomic checkpoints.
 
     A model with a memory is given it with every batch, and the batch says which rows begin anew (`Segments`).
@@ -39,7 +40,7 @@ class ByteTrainer(Trainer):
         curve: receives the loss of every step.
         checkpoints: the folder of the checkpoints, which is the ``output_dir`` of the arguments.
         keep_checkpoints: how many of the newest are kept.
-        options: the arguments of Trainer.
+        options: the arguments of `RecipeTrainer`.
     """
 
     def __init__(
@@ -52,15 +53,11 @@ class ByteTrainer(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(model=model, **options)
-        # The mean over batches, which is the mean over bytes where all windows count in full. Batches of documents
-        # count alike, also those with fewer places that count, such as the last segments of documents.
-        self.model_accepts_loss_kwargs = False
         self.curve = curve
         self.keep_checkpoints = keep_checkpoints
         self.step_loss: torch.Tensor | None = None
         self.memory = SegmentMemory(model.config) if model.config.memory else None
         self.validation_memory = SegmentMemory(model.config) if model.config.memory else None
-        self.remove_callback(PrinterCallback)
         self.checkpoints = checkpoints
         self._run_dir = checkpoints
 
