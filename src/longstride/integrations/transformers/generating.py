@@ -54,7 +54,7 @@ def prepare_cache(
             # Guesses may go past the end.
             cache = SparsifiedCache(self.config, max(1, max_cache_length + headroom), headroom)
         except UnsupportedError as why:
-            _logger.warning_once(f"generate() makes no SparsifiedCache, and keeps all keys: {why}")
+            _logger.warning_once(f"generate() uses the cache of transformers and not a SparsifiedCache: {why}")
         else:
             model_kwargs["past_key_values"] = cache
             return
@@ -69,7 +69,10 @@ def _decodes_along_patterns(config: PreTrainedConfig) -> bool:
 
 
 def _check_served(model: Any, generation_config: GenerationConfig) -> None:
-    """Raise an UnsupportedError where this model or call needs a cache that grows, or is not all in one place."""
+    """Raise an UnsupportedError where this call needs a cache that grows, or one that holds other things elsewhere."""
+    config = model.config.get_text_config(decoder=True)
+    layers = [module for module in model.modules() if hasattr(module, "is_causal") and module.config is config]
+    heads = {tuple(getattr(layer, name, None) for name in ("head_dim", "num_key_value_groups")) for layer in layers}
     devices = {where for where in getattr(model, "hf_device_map", {}).values() if where not in ("cpu", "disk")}
     obstacles = {
         "it assists another model, and does not know how long the text will be": generation_config.is_assistant,
@@ -77,6 +80,15 @@ def _check_served(model: Any, generation_config: GenerationConfig) -> None:
             _is_compiled(module) and any(hasattr(inner, "is_causal") for inner in module.modules())
             for module in model.modules()
         ),
+        "its cache keeps latents (kv_lora_rank), which become keys and values later": getattr(
+            config, "kv_lora_rank", None
+        )
+        is not None,
+        "some of its layers read the keys of others (num_kv_shared_layers)": bool(
+            getattr(config, "num_kv_shared_layers", None)
+        ),
+        "its layers have heads of different sizes": len(heads) > 1,
+        "its layers repeat what the cache gives, or attend to it twice": config.model_type in ("diffllama", "jetmoe"),
         "its layers or heads are on several devices": len(devices) > 1 or (getattr(model, "_tp_size", None) or 1) > 1,
         "gradients are wanted, and it would keep none": is_grad_enabled(),
     }
