@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from longstride.errors import UnsupportedError
 from longstride.integrations.transformers.cache import SparsifiedCache
-from longstride.integrations.transformers.saved import ATTENTION, looks_ahead
+from longstride.integrations.transformers.saved import ATTENTION
 from longstride.models.cache import assisted_headroom
 
 _logger = logging.get_logger(__name__)
@@ -63,9 +63,7 @@ def prepare_cache(
 
 def _decodes_along_patterns(config: PreTrainedConfig) -> bool:
     config = config.get_text_config(decoder=True)
-    if config._attn_implementation != ATTENTION or not hasattr(config, "longstride"):
-        return False
-    return not any(looks_ahead(text) for text in config.longstride["patterns"])
+    return config._attn_implementation == ATTENTION and hasattr(config, "longstride")
 
 
 def _check_served(model: Any, generation_config: GenerationConfig) -> None:
