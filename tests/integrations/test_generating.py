@@ -283,6 +283,9 @@ def test_layers_on_several_devices(make, tokens, said):
     model.hf_device_map = {"model": 0, "lm_head": 1}
     assert type(model.generate(tokens, **GREEDY).past_key_values) is DynamicCache
     assert "on several devices" in said[0]
+    del model.hf_device_map
+    model._tp_size = 2
+    assert type(model.generate(tokens, **GREEDY).past_key_values) is DynamicCache
 
 
 def test_gradients_through_what_is_written(make, tokens, said):

@@ -69,8 +69,12 @@ def _decodes_along_patterns(config: PreTrainedConfig) -> bool:
 def _check_served(model: Any, generation_config: GenerationConfig) -> None:
     """Raise an UnsupportedError where this call needs a cache that grows, or one that holds other things elsewhere."""
     config = model.config.get_text_config(decoder=True)
-    layers = [module for module in model.modules() if hasattr(module, "is_causal") and module.config is config]
-    heads = {tuple(getattr(layer, name, None) for name in ("head_dim", "num_key_value_groups")) for layer in layers}
+    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
+    heads = {
+        tuple(getattr(layer, name, None) for name in ("head_dim", "num_key_value_groups"))
+        for layer in attentions
+        if getattr(layer, "config", None) is config  # and not of a vision model beside it
+    }
     devices = {where for where in getattr(model, "hf_device_map", {}).values() if where not in ("cpu", "disk")}
     obstacles = {
         "it assists another model, and does not know how long the text will be": generation_config.is_assistant,
