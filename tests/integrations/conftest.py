@@ -53,6 +53,7 @@ DECODERS = {
         GROUPED | {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SMALL),
 }
 ENCODERS = {
     "bert": ("BertModel", "BertConfig", SMALL | {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}),

@@ -74,8 +74,9 @@ def test_the_language_model_of_a_larger_one(tokens, tmp_path, whole):
     third = reload(again, tmp_path / "two", LlavaForConditionalGeneration)
     assert torch.equal(third(ids).logits, sparse)
     prompt = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False}
-    cache = SparsifiedCache(third.config)
-    assert torch.equal(third.generate(**prompt, past_key_values=cache), model.generate(**prompt))
+    out = third.generate(**prompt, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, model.generate(**prompt, use_cache=False))
+    assert isinstance(out.past_key_values, SparsifiedCache)
     asked = reload(third, tmp_path / "three", LlavaForConditionalGeneration, attn_implementation="sdpa")
     assert torch.equal(asked(ids).logits, dense)
     ls.sparsify(third, None)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import StaticCache, Trainer, TrainingArguments
 
 import longstride as ls
-from longstride.integrations.transformers import ATTENTION, SparsifiedCache
+from longstride.integrations.transformers import ATTENTION
 
 PATTERNS = ["Local(4)", "per_head(Fixed(4, 1), Strided(3))"]
 
@@ -94,7 +94,7 @@ def test_the_trainer_trains_saves_and_resumes_it(make, tmp_path):
     # Trainer turns caches off in the configurations that it saves, and generate() uses one all the same.
     lengths = []
     again.model.embed_tokens.register_forward_hook(lambda _module, args, _out: lengths.append(args[0].shape[1]))
-    again.generate(torch.tensor([ids]), max_new_tokens=4, past_key_values=SparsifiedCache(again.config))
+    again.generate(torch.tensor([ids]), max_new_tokens=4)
     assert lengths == [20, 1, 1, 1]
 
 

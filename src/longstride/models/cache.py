@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longstride.cache import PatternCache, cache_bytes
@@ -12,6 +13,13 @@ from longstride.errors import ArgumentError, UnsupportedError
 from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.schedule import layer_patterns
 from longstride.patterns import Pattern
+
+
+def assisted_headroom(generation_config: GenerationConfig) -> int:
+    """How many guessed tokens assisted generation can take back: assistants guess 20 at a time, or a few more, and a
+    prompt lookup as many as it is told.
+    """
+    return max(128, generation_config.prompt_lookup_num_tokens or 0)
 
 
 class GenerationCache(Cache):

@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from longstride.cache import PatternCache
 from longstride.errors import ArgumentError, UnsupportedError
 from longstride.models.blocks import build_blocks, last_norm
-from longstride.models.cache import SparseTransformerCache
+from longstride.models.cache import SparseTransformerCache, assisted_headroom
 from longstride.models.causal_loss import chunked_causal_loss
 from longstride.models.configuration import SparseTransformerConfig
 from longstride.models.memory import SegmentMemory
@@ -29,9 +29,6 @@ from longstride.nn import (
     chunk_loss,
     initialize_,
 )
-
-#: How many guessed tokens assisted generation can take back; its assistants guess 20 at a time, or a few more.
-ASSISTED_HEADROOM = 128
 
 
 class SparseTransformerPreTrainedModel(PreTrainedModel):
@@ -383,9 +380,10 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
             )
         longest, headroom = self.config.max_position_embeddings, 0
         if generation_config.is_assistant:  # its cache outlives the call, and grows with the text
-            max_cache_length, headroom = longest, ASSISTED_HEADROOM
+            max_cache_length, headroom = longest, assisted_headroom(generation_config)
         elif generation_mode == GenerationMode.ASSISTED_GENERATION:  # guesses may go past the end
-            max_cache_length, headroom = max_cache_length + ASSISTED_HEADROOM, ASSISTED_HEADROOM
+            headroom = assisted_headroom(generation_config)
+            max_cache_length += headroom
         capacity = max(1, min(max_cache_length, longest))
         model_kwargs["past_key_values"] = SparseTransformerCache(self.config, capacity, headroom)
 

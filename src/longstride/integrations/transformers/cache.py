@@ -22,8 +22,9 @@ from longstride.patterns import Pattern
 class SparsifiedCache(GenerationCache):
     """Keys and values of a sparsified decoder, as far as its patterns still read them.
 
-    ``model.generate(ids, past_key_values=SparsifiedCache(model.config, capacity=4096))``; also with beams, several
-    samples, assistants and chunks of a prompt. All memory is taken with the first tokens.
+    ``model.generate(ids)`` makes one by itself, as large as the call may need. Make one to keep it over several calls,
+    ``model.generate(ids, past_key_values=SparsifiedCache(model.config, capacity=4096))``, or for a loop of your own.
+    All memory is taken with the first tokens.
 
     Args:
         config: the configuration of a sparsified model.
@@ -145,5 +146,6 @@ class HeldKeys(Tensor):
             return super().__torch_function__(func, types, args, kwargs or {})
         raise UnsupportedError(
             "a SparsifiedCache gives no dense keys and values: its model must attend along patterns "
-            "(longstride.sparsify), hand its keys from the cache to its attention as they are, and not be compiled"
+            "(longstride.sparsify), hand its keys from the cache to its attention as they are, and not be compiled; "
+            "call generate() of another with cache_implementation='dynamic'"
         )

@@ -23,7 +23,8 @@ def sparsify(
     """Have `model` attend along `patterns`, whatever it attended along before. Its weights are not touched.
 
     The patterns are in its configuration from then on, and are saved and loaded with it: before ``from_pretrained``,
-    import `longstride.integrations.transformers`; without it transformers refuses to load the model.
+    import `longstride.integrations.transformers`; without it transformers refuses to load the model. ``generate`` of a
+    decoder keeps the keys that its patterns may still read, in a `SparsifiedCache`, unless it is told otherwise.
 
     >>> import longstride as ls
     >>> from transformers import LlamaConfig, LlamaForCausalLM
