@@ -61,9 +61,11 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
     Source: Su 2021, equation 34; the pairs lie half a head apart, as in GPT-NeoX and Llama.
     """
-    cos, sin = (table.unsqueeze(-3).to(x.dtype) for table in rotation)  # one for all heads
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    cos, sin = (table[..., None, :, None, :].to(x.dtype) for table in rotation)  # one for all heads
+    pairs = x.unflatten(-1, (2, -1))  # [batch, heads, length, 2, head_dim / 2]
+    # Every number beside its partner, instead of two halves that are joined: compilers read it as a single pass.
+    turned = pairs * cos + pairs.flip(-2) * torch.cat((-sin, sin), -2)
+    return turned.flatten(-2)
 
 
 class RotarySelfAttention(PatternAttention):
