@@ -21,6 +21,7 @@ SHARED: dict[str, Any] = {
     "schedule.warmup_steps": 150,
     "run.precision": "bf16",
     "run.compile": True,
+    "run.cuda_graph": True,
     "run.log_every": 50,
     # The state after the last step alone.
     "run.checkpoint_every": 1_000_000,
@@ -218,6 +219,7 @@ def tiny(experiment: Experiment) -> Experiment:
         "run.device": "cpu",
         "run.precision": "fp32",
         "run.compile": False,
+        "run.cuda_graph": False,
         "run.log_every": 1,
     }
 

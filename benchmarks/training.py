@@ -1,8 +1,9 @@
 """Training steps on a CUDA device, sparse against dense and against no attention: ``python3 benchmarks/training.py``.
 
-Whole steps (forward, backward, clipping, AdamW) of compiled models in bf16; a breakdown of one; peak memory of deep and
-of long models. A compiled step is compared with an eager one before it is timed. Results are written after every case,
-and a run of some cases replaces these in the file that is there; ``--render`` makes the page again.
+Whole steps (forward, backward, clipping, AdamW) of compiled models in bf16, whose forward and backward passes are
+replayed as CUDA graphs where nothing is recomputed; a breakdown of a step; peak memory of deep and of long models. A
+compiled step is compared with an eager one before it is timed. Results are written after every case, and a run of some
+cases replaces these in the file that is there; ``--render`` makes the page again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 import longstride as ls
 from harness import commit, device_name, spread, write_whole
+from longstride.training.step_graph import WARM_UP
 from peers import why
 from training_page import render
 from training_profile import breakdown
@@ -108,6 +110,10 @@ def tiny(case: Case | MemoryCase) -> Case | MemoryCase:
     return replace(case, sizes=(replace(case.sizes[0], **small),), arms=arms, turns=1, steps=2)
 
 
+#: Steps until every pass is a replay: those before it is recorded, and the one that records it.
+RECORDED_AFTER = WARM_UP + 1
+
+
 def release(device: str) -> None:
     gc.collect()
     if device != "cpu":
@@ -140,12 +146,14 @@ def measure(case: Case, device: str, backend: str) -> dict:
 def _measure(case: Case, size: Size, device: str, backend: str) -> dict:
     rows: dict[str, dict] = {}
     steppers: dict[str, Stepper] = {}
+    # Of all arms' recorded passes, which would not fit side by side.
+    pool = None if device == "cpu" else torch.cuda.graph_pool_handle()
     for name, patterns in case.arms:
         row = rows[name] = {"what": name, "patterns": list(patterns), "how": how(patterns, size, device)}
         release(device)
         others = held_bytes(device)
         try:
-            stepper = Stepper(size, patterns, device)
+            stepper = Stepper(size, patterns, device, pool)
             row["parameters"] = stepper.parameters
             eager = [value.item() for value in stepper.gradients()] if case.compares else None
             stepper.optimizer.zero_grad()
@@ -155,7 +163,8 @@ def _measure(case: Case, size: Size, device: str, backend: str) -> dict:
                     row["eager_loss"], row["eager_gradient_norm"] = eager
                     compared(row, *eager)
                 release(device)
-                stepper.step()
+                for _ in range(RECORDED_AFTER):
+                    stepper.step()
             row["peak_bytes"] = peak_bytes(device) - others
             steppers[name] = stepper
         except torch.cuda.OutOfMemoryError:

@@ -38,6 +38,7 @@ def fastest(case: dict, names: tuple[str, ...]) -> float | None:
 
 def _steps(name: str, case: dict) -> list[str]:
     size = case["size"]
+    replayed = "Forward and backward are replayed as one CUDA graph. " if size["recompute"] == "nothing" else ""
     dense, none = fastest(case, (DENSE, SDPA)), fastest(case, (NONE,))
     lines = [
         f"## {name}: {case['text']}",
@@ -45,8 +46,9 @@ def _steps(name: str, case: dict) -> list[str]:
         _facts(case),
         "",
         "A step is forward, backward, clipping and AdamW of the paper's block in bf16 autocast, compiled, without "
-        f"dropout; recomputed in the backward pass: {size['recompute']}. Median (least to greatest). `none` is the "
-        "same model with the attention replaced by its values, so that a step over it is the attention tax.",
+        f"dropout; recomputed in the backward pass: {size['recompute']}. "
+        f"{replayed}Median (least to greatest). `none` is the same model with the attention replaced by its values, so "
+        "that a step over it is the attention tax.",
         "",
         "| attention | layers' patterns | ms a step | tokens/s | times dense | tax | peak memory |",
         "|---|---|---|---|---|---|---|",
@@ -92,8 +94,9 @@ def _breakdown(case: dict) -> list[str]:
     total = sum(found["ms"].values())
     step = next(row["ms"] for row in case["rows"] if row["what"] == found["what"])
     lines = [
-        f"Where the time of `{found['what']}` goes, by `torch.profiler` over {found['steps']} compiled steps: kernels "
-        "by the operator that launched them; a matrix product by its widths; other fused kernels by their names.",
+        f"Where the time of `{found['what']}` goes, by `torch.profiler` over {found['steps']} compiled steps that are "
+        "launched kernel by kernel: kernels by the operator that launched them; a matrix product by its widths; other "
+        "fused kernels by their names.",
         "",
         "| part | ms a step | share |",
         "|---|---|---|",

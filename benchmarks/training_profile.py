@@ -28,10 +28,11 @@ def breakdown(stepper: Stepper, size: Size, steps: int = 3) -> dict:
     """Milliseconds a step by part, of the device's kernels (on a CPU: of its operators)."""
     on_cpu = stepper.device == "cpu"
     activities = [ProfilerActivity.CPU, *([] if on_cpu else [ProfilerActivity.CUDA])]
-    stepper.step()
+    # In a graph no kernel is known by its operator.
+    stepper.step(recorded=False)
     with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
         for _ in range(steps):
-            stepper.step()
+            stepper.step(recorded=False)
         if not on_cpu:
             torch.cuda.synchronize()
     parts = dict.fromkeys(PARTS, 0.0)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from longstride import SparseTransformerConfig, SparseTransformerForCausalLM
 from longstride.models import compiled_blocks, recompute_in_backward
 from longstride.nn import SelfAttention
+from longstride.training import StepGraph
 
 #: How far the loss of a compiled step may be from the eager one's, in nats, and its gradient norm relatively.
 LOSS_BOUND, NORM_BOUND = 0.02, 0.05
@@ -62,9 +65,10 @@ class Stepper:
 
     Args:
         patterns: pattern texts of the layers, or what `DENSE`, `NONE` and `SDPA` stand for.
+        pool: memory that its recorded pass shares with other models' passes.
     """
 
-    def __init__(self, size: Size, patterns: tuple[str, ...], device: str) -> None:
+    def __init__(self, size: Size, patterns: tuple[str, ...], device: str, pool: Any = None) -> None:
         special = {(NONE,): ValuesAttention, (SDPA,): SdpaAttention}.get(patterns)
         texts = ("Causal()",) if special is not None or patterns == (DENSE,) else patterns
         config = SparseTransformerConfig(
@@ -88,19 +92,26 @@ class Stepper:
         recompute_in_backward(self.model, size.recompute)
         self.device = device
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        recordable = device != "cpu" and size.recompute == "nothing"
+        self.graph = StepGraph(self._pass, self.model.parameters(), pool) if recordable else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
-    def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and gradient norm of a forward and a backward pass; the gradients are clipped to 1."""
+    def _pass(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         # The CPU has no bf16 kernel that could be compared with its eager one; there the benchmark only has to run.
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu"):
-            loss = self.model(self.tokens, labels=self.tokens).loss
+            loss = self.model(batch["tokens"], labels=batch["tokens"]).loss
         loss.backward()
-        return loss.detach(), torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        return loss.detach()
 
-    def step(self) -> torch.Tensor:
-        """Forward, backward, clipping, AdamW; the loss."""
-        loss, _ = self.gradients()
+    def gradients(self, recorded: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and gradient norm of a forward and a backward pass; the gradients are clipped to 1."""
+        run = self.graph if self.graph is not None and recorded else self._pass
+        loss = run({"tokens": self.tokens})
+        return loss, torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+
+    def step(self, recorded: bool = True) -> torch.Tensor:
+        """Forward, backward, clipping, AdamW; the loss. With ``recorded`` from a CUDA graph, once there is one."""
+        loss, _ = self.gradients(recorded)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss

@@ -14,7 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import encoders
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore"),  # PyTorch's own, while it compiles
+]
 
 DEVICE = "cuda"
 PATTERNS = [ls.longformer(64, 3), ls.bigbird(16), ls.Strided(16, causal=False) | ls.Global((0, 70), causal=False)]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from longstride.data import PreparedData, open_source, prepare
 from longstride.errors import ArgumentError, CheckpointError, LongstrideError
-from longstride.training import Recipe, RunFolder, read_curve, train
+from longstride.training import Recipe, RunFolder, StepGraph, read_curve, train
 from longstride.training import run as run_module
 from longstride.training.checkpoints import list_checkpoints
 from longstride.training.muon import MuonWithAdamW
@@ -163,6 +163,23 @@ def test_compiling_changes_no_loss_and_no_name(start, monkeypatch):
     saved = list_checkpoints(compiled.folder.checkpoints)[-1].folder / "model.safetensors"
     with safe_open(saved, "pt") as file:
         assert set(file.keys()) == set(weights)
+
+
+def test_recording_passes_changes_no_loss(start, monkeypatch):
+    """Recordings are made up: what they add to gradients and losses is the Trainer's own."""
+    monkeypatch.setattr(StepGraph, "_aside", lambda self, batch: self.run(batch))
+    monkeypatch.setattr(StepGraph, "_record", lambda self, _: self.run)
+    monkeypatch.setattr(run_module, "check_recording", lambda *_: None)
+    changed = {"schedule__batch_size": 1, "schedule__gradient_accumulation_steps": 2}
+    plain, recorded = start("a", **changed), start("b", **changed, run__cuda_graph=True)
+    plain.train()
+    recorded.train()
+    assert recorded.losses() == plain.losses()
+
+
+def test_recording_needs_cuda(start):
+    with pytest.raises(ArgumentError, match=r"run\.cuda_graph on cpu: it needs a CUDA device"):
+        start(run__cuda_graph=True).train()
 
 
 def test_watching_sees_every_step_and_evaluation(start):

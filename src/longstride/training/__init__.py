@@ -25,6 +25,7 @@ from longstride.training.pieces import VOCAB_SIZE
 from longstride.training.recipe import Recipe, parse_assignments, read_recipe
 from longstride.training.run import TrainingResult, check_precision, model_config, resolve_device, train
 from longstride.training.scaling import read_scale, scaled
+from longstride.training.step_graph import StepGraph
 
 __all__ = [
     "VOCAB_SIZE",
@@ -35,6 +36,7 @@ __all__ = [
     "Recipe",
     "RunFolder",
     "Span",
+    "StepGraph",
     "TrainingResult",
     "check_precision",
     "classifier_config",

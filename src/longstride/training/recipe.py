@@ -128,6 +128,8 @@ class RunRecipe:
             ``all_but_attention``; see `longstride.models.recompute_in_backward`.
         compile: compile the residual blocks for training, on the first step; see
             `longstride.models.compiled_blocks`.
+        cuda_graph: record the forward and the backward pass as a CUDA graph, after the first steps, and replay it: for
+            models whose steps take the host longer than the device; see `longstride.training.StepGraph`.
         tensorboard: write event files too.
     """
 
@@ -142,6 +144,7 @@ class RunRecipe:
     time_limit_s: float | None = None
     recompute: str = "nothing"
     compile: bool = False
+    cuda_graph: bool = False
     tensorboard: bool = False
 
 
@@ -189,6 +192,14 @@ CHOICES = {
     "optimizer.name": OPTIMIZERS,
     "data.on_corrupt": ON_CORRUPT,
     "data.documents": DOCUMENTS,
+}
+
+# What run.cuda_graph takes: with other values the host scales, packs, remembers or keeps random states step by step.
+RECORDED: dict[str, tuple[typing.Any, ...]] = {
+    "run.precision": ("fp32", "bf16"),
+    "run.recompute": ("nothing",),
+    "data.documents": ("joined",),
+    "model.memory": (0,),
 }
 
 # What may differ when a run goes on: none of these changes the curve up to where the run stands.
@@ -252,6 +263,14 @@ class Recipe(Sections):
                 "data.documents is packed with data.kind bytes, which keeps no boundaries: take data.kind documents, "
                 "where a file, or a line of a .jsonl file, is a document"
             )
+        if self.run.cuda_graph:
+            for key, allowed in RECORDED.items():
+                if self.value(key) not in allowed:
+                    raise RecipeError(
+                        f"run.cuda_graph with {key} {self.value(key)!r}: the host takes part in every such step, and "
+                        f"what it does is not recorded; set {key} to {' or '.join(map(str, allowed))}, or leave "
+                        "run.cuda_graph out"
+                    )
         if self.data.context < 2:
             raise RecipeError("data.context is 1: a byte needs at least one byte before it, so it must be at least 2")
         if self.min_context > self.data.context:

@@ -71,6 +71,12 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ArgumentError("--precision bf16: this GPU does not support it; use fp16 or fp32")
 
 
+def check_recording(cuda_graph: bool, device: torch.device) -> None:
+    """Raises ArgumentError where the device has no CUDA graphs and one is asked for."""
+    if cuda_graph and device.type != "cuda":
+        raise ArgumentError(f"run.cuda_graph on {device.type}: it needs a CUDA device; leave it out here")
+
+
 def model_config(recipe: Recipe) -> SparseTransformerConfig:
     """The configuration of the recipe's model.
 
@@ -116,10 +122,13 @@ def train(
 
     Raises:
         CheckpointError: a checkpoint could not be written, or none of those there is sound.
+        ArgumentError: the device cannot do what the recipe asks.
         LongstrideError: the training diverged.
+        UnsupportedError: the training pass cannot be recorded as a CUDA graph.
     """
     device = resolve_device(recipe.run.device)
     check_precision(recipe.run.precision, device)
+    check_recording(recipe.run.cuda_graph, device)
     checkpoint, passed_over = latest_sound(folder.checkpoints)
     for sentence in passed_over:
         say(f"Warning: {sentence}; going on from an earlier one.")
@@ -151,6 +160,7 @@ def train(
             checkpoints=folder.checkpoints,
             keep_checkpoints=recipe.run.keep_checkpoints,
             optimizer_name=recipe.optimizer.name,
+            cuda_graph=recipe.run.cuda_graph,
             model=model,
             args=_training_arguments(recipe, folder, device),
             train_dataset=batches.train,

@@ -9,10 +9,10 @@ checkpoints that are complete or absent, one record a step (`Curve`), bits per b
 import math
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from longstride.models import SegmentMemory, SparseTransformerForCausalLM
 from longstride.training.checkpoints import list_checkpoints, prune, seal
 from longstride.training.curve import Curve, bits
 from longstride.training.recipe_trainer import RecipeTrainer
+from longstride.training.step_graph import StepGraph
 
 #: What a checkpoint holds of a model with a memory, beside Trainer's files.
 MEMORY = "memory.pt"
@@ -40,6 +41,7 @@ class ByteTrainer(RecipeTrainer):
         curve: receives the loss of every step.
         checkpoints: the folder of the checkpoints, which is the ``output_dir`` of the arguments.
         keep_checkpoints: how many of the newest are kept.
+        cuda_graph: passes are recorded once and replayed, see `StepGraph`.
         options: the arguments of `RecipeTrainer`.
     """
 
@@ -50,22 +52,31 @@ class ByteTrainer(RecipeTrainer):
         curve: Curve,
         checkpoints: Path,
         keep_checkpoints: int,
+        cuda_graph: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(model=model, **options)
         self.curve = curve
         self.keep_checkpoints = keep_checkpoints
         self.step_loss: torch.Tensor | None = None
+        self.step_graph = StepGraph(self._pass, model.parameters()) if cuda_graph else None
         self.memory = SegmentMemory(model.config) if model.config.memory else None
         self.validation_memory = SegmentMemory(model.config) if model.config.memory else None
         self.checkpoints = checkpoints
         self._run_dir = checkpoints
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One batch forward and backward; adds its share to the loss of the update."""
-        loss = super().training_step(*args, **kwargs)
+        if self.step_graph is None:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        else:
+            loss = self.step_graph(self._prepare_inputs(inputs), self.current_gradient_accumulation_steps)
         self.step_loss = loss if self.step_loss is None else self.step_loss + loss
         return loss
+
+    def _pass(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What Trainer does of a batch, for the graph."""
+        return super().training_step(cast(torch.nn.Module, self.model_wrapped), dict(batch))
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch, whose rows go on from what the memory has of them."""
