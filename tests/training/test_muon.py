@@ -18,7 +18,7 @@ from longstride.models import (
 )
 from longstride.training import muon
 from longstride.training.arguments import trainer_arguments
-from longstride.training.muon import MuonWithAdamW, block_matrices, orthogonalized
+from longstride.training.muon import MuonWithAdamW, block_matrices, orthogonalised
 from longstride.training.recipe import OptimizerRecipe, ScheduleRecipe
 from longstride.training.recipe_trainer import RecipeTrainer
 
@@ -116,7 +116,7 @@ def test_maps_keep_their_directions_and_have_their_singular_values_brought_near_
     u, v = (torch.linalg.qr(torch.randn(s, generator=generator, dtype=torch.float64)).Q for s in shapes)
     # However large or small a map is.
     norms = torch.tensor([1e-5, 0.1, 1.0, 10.0, 1e5], dtype=torch.float64)[:, None, None]
-    result = orthogonalized((norms * u * torch.logspace(-2, 0, short, dtype=torch.float64) @ v.mT).float())
+    result = orthogonalised((norms * u * torch.logspace(-2, 0, short, dtype=torch.float64) @ v.mT).float())
     assert result.dtype == torch.bfloat16
     between = u.mT @ result.double() @ v
     values = between.diagonal(dim1=1, dim2=2)
@@ -128,7 +128,7 @@ def test_maps_keep_their_directions_and_have_their_singular_values_brought_near_
 
 
 def test_maps_of_zeros_stay_zeros():
-    assert torch.equal(orthogonalized(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8, dtype=torch.bfloat16))
+    assert torch.equal(orthogonalised(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8, dtype=torch.bfloat16))
 
 
 class MapTwice:

@@ -22,7 +22,8 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
 MOMENTUM = 0.95
-# Enough to fill any device; the copies of so many elements that a step holds at once take at most about 1 GiB.
+# Enough to fill any device; what a step holds beside weights, gradients and momenta is at most 12 bytes for each, less
+# than 1 GiB, unless a single map is larger.
 BATCH_ELEMENTS = 2**26
 
 
@@ -35,7 +36,7 @@ def block_matrices(model: Any) -> dict[Tensor, tuple[int, ...]]:
     }
 
 
-def orthogonalized(maps: Tensor) -> Tensor:
+def orthogonalised(maps: Tensor) -> Tensor:
     """About U V^T for each U S V^T of a batch, by Newton-Schulz iterations in bfloat16.
 
     Args:
@@ -43,7 +44,7 @@ def orthogonalized(maps: Tensor) -> Tensor:
 
     Returns:
         bfloat16[n, rows, columns]. Singular values that were at least 0.002 of a map's Frobenius norm are about 0.7 to
-        1.2; smaller ones are up to 485 times what they were in it. A map of zeros stays one.
+        1.2, smaller ones are less. A map of zeros stays one.
 
     Source: Jordan 2024 (Muon).
     """
@@ -122,13 +123,13 @@ class MuonWithAdamW(Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         for maps, of_gradients, of_momenta in self._batches(trained):
-            steps = orthogonalized(torch.stack(torch._foreach_lerp(of_gradients, of_momenta, MOMENTUM)))
+            steps = orthogonalised(torch.stack(torch._foreach_lerp(of_gradients, of_momenta, MOMENTUM)))
             # In the dtype and the order of the maps: otherwise the addition would be a kernel for each of them.
             steps = steps.to(maps[0].dtype, memory_format=torch.contiguous_format)
             scale = 0.2 * math.sqrt(max(maps[0].shape))
             torch._foreach_add_(maps, steps.unbind(), alpha=-group["lr"] * scale)
 
-    def _batches(self, trained: list[tuple[Tensor, ...]]) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
+    def _batches(self, trained: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
         """Views of maps of one shape, their gradients and their momenta; of `BATCH_ELEMENTS` or of one map."""
         alike: dict[Any, list[tuple[Tensor, ...]]] = {}
         for matrix, gradient, momentum in trained:
