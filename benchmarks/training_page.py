@@ -38,7 +38,6 @@ def fastest(case: dict, names: tuple[str, ...]) -> float | None:
 
 def _steps(name: str, case: dict) -> list[str]:
     size = case["size"]
-    replayed = "Forward and backward are replayed as one CUDA graph. " if size["recompute"] == "nothing" else ""
     dense, none = fastest(case, (DENSE, SDPA)), fastest(case, (NONE,))
     lines = [
         f"## {name}: {case['text']}",
@@ -47,8 +46,8 @@ def _steps(name: str, case: dict) -> list[str]:
         "",
         "A step is forward, backward, clipping and AdamW of the paper's block in bf16 autocast, compiled, without "
         f"dropout; recomputed in the backward pass: {size['recompute']}. "
-        f"{replayed}Median (least to greatest). `none` is the same model with the attention replaced by its values, so "
-        "that a step over it is the attention tax.",
+        "Forward and backward are replayed as one CUDA graph. Median (least to greatest). `none` is the same model "
+        "with the attention replaced by its values, so that a step over it is the attention tax.",
         "",
         "| attention | layers' patterns | ms a step | tokens/s | times dense | tax | peak memory |",
         "|---|---|---|---|---|---|---|",

@@ -92,8 +92,7 @@ class Stepper:
         recompute_in_backward(self.model, size.recompute)
         self.device = device
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        recordable = device != "cpu" and size.recompute == "nothing"
-        self.graph = StepGraph(self._pass, self.model.parameters(), pool) if recordable else None
+        self.graph = None if device == "cpu" else StepGraph(self._pass, self.model.parameters(), pool)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def _pass(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

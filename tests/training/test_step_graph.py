@@ -100,7 +100,6 @@ def test_every_shape_and_fact_has_a_recording_of_its_own(model, graph):
     ("key", "value", "set_to"),
     [
         ("run.precision", "fp16", "fp32 or bf16"),
-        ("run.recompute", "blocks", "nothing"),
         ("data.documents", "packed", "joined"),
         ("model.memory", 16, "0"),
     ],
@@ -109,3 +108,11 @@ def test_what_cannot_be_recorded_is_refused(key, value, set_to):
     other = {"data.kind": "documents", "model.block": "modern", key: value}
     with pytest.raises(RecipeError, match=rf"run.cuda_graph with {key} {value!r}: .* set {key} to {set_to}, or leave"):
         Recipe().override({"run.cuda_graph": True, **other})
+
+
+def test_dropout_that_is_computed_again_is_refused():
+    Recipe().override({"run.cuda_graph": True, "run.recompute": "blocks"})
+    with pytest.raises(
+        RecipeError, match=r"run.recompute 'blocks' and model.dropout 0.1: .* leave one of the three out"
+    ):
+        Recipe().override({"run.cuda_graph": True, "run.recompute": "blocks", "model.dropout": 0.1})

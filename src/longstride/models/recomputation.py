@@ -55,7 +55,8 @@ def recompute_in_backward(model: SparseTransformerPreTrainedModel, what: str) ->
         # transformers 5.23 has renamed it.
         getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
         return
-    options: dict[str, Any] = {"use_reentrant": False}
+    # Without dropout nothing is drawn, and no random state has to be read from the device.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
     if what == "all_but_attention":
         kept = [torch.ops.longstride.attention.default, torch.ops.longstride.attention_varlen.default]
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)

@@ -194,10 +194,9 @@ CHOICES = {
     "data.documents": DOCUMENTS,
 }
 
-# What run.cuda_graph takes: with other values the host scales, packs, remembers or keeps random states step by step.
+# What run.cuda_graph takes: with other values the host scales, packs or remembers step by step.
 RECORDED: dict[str, tuple[typing.Any, ...]] = {
     "run.precision": ("fp32", "bf16"),
-    "run.recompute": ("nothing",),
     "data.documents": ("joined",),
     "model.memory": (0,),
 }
@@ -271,6 +270,12 @@ class Recipe(Sections):
                         f"what it does is not recorded; set {key} to {' or '.join(map(str, allowed))}, or leave "
                         "run.cuda_graph out"
                     )
+            if self.run.recompute != "nothing" and self.model.dropout > 0:
+                raise RecipeError(
+                    f"run.cuda_graph with run.recompute {self.run.recompute!r} and model.dropout {self.model.dropout}: "
+                    "to draw the same again, the host reads random states, and what it does is not recorded; leave one "
+                    "of the three out"
+                )
         if self.data.context < 2:
             raise RecipeError("data.context is 1: a byte needs at least one byte before it, so it must be at least 2")
         if self.min_context > self.data.context:

@@ -100,11 +100,17 @@ class StepGraph:
             self.pool = torch.cuda.graph_pool_handle()
         inputs = {name: x.clone() for name, x in batch.items()}
         graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        random_state = generator.clone_state()
         try:
             # Of this thread alone: another one may be pinning the next batch.
             with torch.cuda.graph(graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"):
                 loss = self.run(inputs)
         except RuntimeError as error:
+            # It still takes itself to be recorded, and would refuse to draw.
+            generator.graphsafe_set_state(random_state)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise UnsupportedError(
                 f"the training pass cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}): something in it "
                 "waits for the device; leave run.cuda_graph out"
