@@ -89,7 +89,9 @@ class GlobalProjections(nn.Module):
             real = torch.arange(length, device=q.device) < counts.to(q.device).clamp(min=1)[:, None]
             real = real[:, None, None]  # [batch, 1, 1, length]
         rows = F.scaled_dot_product_attention(q, k, v, attn_mask=real)
-        return attended.index_copy(2, index, rows.to(attended.dtype))
+        # Token by token, as it lies in memory and as its gradient comes: PyTorch 2.11 compiles no other order.
+        by_token, rows = attended.transpose(1, 2), rows.transpose(1, 2).to(attended.dtype)
+        return by_token.index_copy(1, index, rows).transpose(1, 2)
 
     def extra_repr(self) -> str:
         shown = ", ".join(map(str, self.tokens[:8])) + (", ..." if len(self.tokens) > 8 else "")
