@@ -61,7 +61,8 @@ def test_recipes_of_all_arms(name: str) -> None:
 def test_the_page_of_made_up_results(tmp_path: Path) -> None:
     results, docs = tmp_path / "results", tmp_path / "docs"
     results.mkdir()
-    arms = {"dense": arm(1.7, "dense"), "fixed": arm(1.6, "fixed"), "strided": arm(1.65, "strided")}
+    short = arm(1.5, "short", recipe={"data.context": 32})
+    arms = {"short": short, "dense": arm(1.7, "dense"), "fixed": arm(1.6, "fixed"), "strided": arm(1.65, "strided")}
     text = {"title": "Text", "unit": "byte", "arms": arms, "failed": {"local": "out of memory"}, "note": "So far."}
     (results / "text.json").write_text(json.dumps(text))
     experiments_page.write_page(results, docs)
