@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -274,6 +275,19 @@ def test_models_that_a_sparsified_cache_cannot_serve(tokens, said, name):
     assert type(cache) is DynamicCache
     assert len(said) == 1
     assert sentence in said[0]
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_adapters_that_prepare_the_inputs(make, tokens, said, prompts):
+    """As PEFT does while it generates: LoRA's are those given, its prompts and prefixes come on top of them."""
+    model = ls.sparsify(make(), "Local(4)")
+    wrapper = Wrapper(model)
+    wrapper.active_peft_config = SimpleNamespace(is_prompt_learning=prompts)
+    prepare = model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = MethodType(lambda _, *args, **kwargs: prepare(*args, **kwargs), wrapper)
+    out = model.generate(tokens, **GREEDY)
+    assert type(out.past_key_values) is (DynamicCache if prompts else SparsifiedCache)
+    assert ["puts tokens of its own" in line for line in said] == [True] * prompts
 
 
 def test_layers_on_several_devices(make, tokens, said):

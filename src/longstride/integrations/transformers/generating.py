@@ -92,11 +92,20 @@ def _check_served(model: Any, generation_config: GenerationConfig) -> None:
         "its layers have heads of different sizes": len(heads) > 1,
         "its layers repeat what the cache gives, or attend to it twice": config.model_type in ("diffllama", "jetmoe"),
         "its layers or heads are on several devices": len(devices) > 1 or (getattr(model, "_tp_size", None) or 1) > 1,
+        "an adapter puts tokens of its own before the given ones, and the call does not count them": _is_prompted(
+            model
+        ),
         "gradients are wanted, and it would keep none": is_grad_enabled(),
     }
     for what, found in obstacles.items():
         if found:
             raise UnsupportedError(what)
+
+
+def _is_prompted(model: Any) -> bool:
+    """Whether a wrapper as PEFT's prepares the model's inputs, with prompts of its own."""
+    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", None)
+    return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def _is_compiled(module: nn.Module) -> bool:
