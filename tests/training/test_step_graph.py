@@ -65,6 +65,16 @@ def test_passes_are_recorded_after_some_and_give_the_same(model, graph):
     assert model["unused"].weight.grad is None
 
 
+def test_gradients_are_never_there_twice(model, graph):
+    """A model whose first pass just fits has no room for another set of them in its second."""
+    homes = set()
+    for _ in range(WARM_UP + 2):
+        graph({"x": torch.randn(2, 4)})
+        homes.add(model["used"].weight.grad.data_ptr())
+        model.zero_grad()
+    assert len(homes) == 1
+
+
 @pytest.mark.parametrize("to_none", [True, False])
 def test_gradients_are_accumulated_until_they_are_dropped(model, graph, to_none):
     for _ in range(WARM_UP + 2):

@@ -7,6 +7,7 @@ in it.
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ Batch = Mapping[str, Tensor]
 class StepGraph:
     """Runs a pass as it is at first, then records it and replays the recording, for each shape of batches by itself.
 
-    What runs is the same either way, kernel by kernel. The gradients' memory stays from the first recording on, and so
-    does that of the activations, in a pool of their own. A gradient that an optimizer dropped (``zero_grad``) is set
+    What runs is the same either way, kernel by kernel. The gradients' memory stays from the first pass on, and that of
+    the activations from the first recording on, in a pool of their own. A gradient that an optimizer dropped (``zero_grad``) is set
     to zero before the next pass; one that is there is added to, so that gradients can be accumulated.
 
     Args:
@@ -58,23 +59,25 @@ class StepGraph:
         """
         key = (*((name, x.shape, x.dtype) for name, x in batch.items()), *facts)
         count = self.passes[key] = self.passes.get(key, 0) + 1
-        if count <= WARM_UP:
-            loss = self._aside(batch)
-            # Parameters that take no part have no gradient, and keep none.
-            self.gradients |= {x: x.grad for x in self.parameters if x.grad is not None and x not in self.gradients}
-            return loss
-        self._hold_gradients()
-        if key not in self.recordings:
-            self.recordings[key] = self._record(batch)
-        return self.recordings[key](batch)
+        # Streams, recordings and random numbers are the current device's: make it the batch's.
+        with torch.cuda.device_of(next(chain(batch.values(), self.parameters))):
+            self._hold_gradients()
+            if count <= WARM_UP:
+                loss = self._aside(batch)
+                # Parameters that take no part have no gradient, and keep none.
+                self.gradients |= {x: x.grad for x in self.parameters if x.grad is not None and x not in self.gradients}
+                return loss
+            if key not in self.recordings:
+                self.recordings[key] = self._record(batch)
+            return self.recordings[key](batch)
 
     def _hold_gradients(self) -> None:
-        """Every gradient where the recordings add to it."""
+        """Every gradient where the recordings add to it, already before there is one: it is never there twice."""
         dropped = []
         for parameter, gradient in self.gradients.items():
             if parameter.grad is None:
                 dropped.append(gradient)
-            elif parameter.grad is not gradient:  # of a pass that was not recorded
+            elif parameter.grad is not gradient:  # somebody has set another one
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
         if dropped:
