@@ -4,7 +4,9 @@ Tiles are 16 rows there, so that short sequences have many. bfloat16 is left to 
 its bit patterns as integers.
 """
 
+import gc
 import importlib
+import weakref
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from tests.strategies import ATOMS, Thirds, lengths, patterns, random_table
 from tests.test_attention_varlen import make_packed, one_by_one, packed
 
 import longstride as ls
+from longstride.backends import recorded
 from longstride.backends import triton as triton_backend
 from longstride.backends.request import Request
 from longstride.backends.triton import lowering, tuning
@@ -472,6 +475,26 @@ def test_a_refusal_names_the_backend_that_takes_it():
     q, k, v = make_inputs(1, 2, 2, 20, 20, dtype=torch.float32)
     with pytest.raises(ls.UnsupportedError, match=r"'triton' was asked for.*own Python code(.|\n)*torch: takes it"):
         ls.attention(q, k, v, Thirds(), backend="triton")
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_what_a_graph_reads_outlives_the_caches(launch, monkeypatch, recording):
+    """A replay goes by addresses: evaluations at hundreds of lengths in between must not free what is there."""
+    monkeypatch.setattr(recorded, "recording", lambda _: recording)
+    monkeypatch.setattr(recorded, "_kept", {})
+    inputs, starts = make_inputs(1, 2, 2, 12, 12, 4, dtype=torch.float32), torch.tensor([0, 5, 12])
+    rule = ls.Local(3) | ls.Global((0, 7))
+    packed_inputs = [x.detach()[0].transpose(0, 1) for x in inputs]
+    with torch.no_grad():
+        ls.attention(*inputs, rule, backend="triton")
+        ls.attention_varlen(*packed_inputs, starts, rule, max_seqlen=7, backend="triton")
+    q, k, v = inputs
+    made = [triton_backend._prepared(q, k, v, rule), triton_backend._prepared_varlen(*packed_inputs, 7, rule)]
+    references = [weakref.ref(each) for each in made]
+    del made
+    launch.forget()
+    gc.collect()
+    assert [reference() is not None for reference in references] == [recording] * 2
 
 
 def test_interpreted_kernels_are_only_for_checking(monkeypatch):

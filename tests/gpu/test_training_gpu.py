@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 import torch
 
+import longstride as ls
+from longstride.backends.triton import lowering
 from longstride.data import PreparedData, open_source, prepare
 from longstride.errors import UnsupportedError
 from longstride.models import SparseTransformerConfig, SparseTransformerForCausalLM, compiled_blocks
@@ -144,3 +147,42 @@ def test_a_pass_that_waits_is_refused() -> None:
     other = StepGraph(lambda batch: batch["x"].sum(), [])
     for n in range(WARM_UP + 2):
         assert other({"x": torch.full((3,), float(n), device="cuda")}).item() == 3 * n
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_another_device_than_the_current_one() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, device="cuda:1"))
+
+    def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = (weight * batch["x"]).sum()
+        loss.backward()
+        return loss.detach()
+
+    graph = StepGraph(run, [weight])
+    for n in range(WARM_UP + 3):
+        x = torch.full((3,), float(n), device="cuda:1")
+        assert graph({"x": x}).item() == 3 * n
+        assert torch.equal(weight.grad, x)
+        weight.grad = None
+    assert len(graph.recordings) == 1
+    assert torch.cuda.current_device() == 0
+
+
+def test_what_a_graph_reads_outlives_the_caches() -> None:
+    """The tables of a pattern, which are forgotten after calls at some hundreds of other lengths."""
+    q, k, v = (torch.randn(1, 4, 1024, 64, device="cuda") for _ in range(3))
+    rule = ls.bigbird(64)
+
+    def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return ls.attention(batch["q"], k, v, rule, backend="triton")
+
+    graph = StepGraph(run, [])
+    for _ in range(WARM_UP + 1):
+        before = graph({"q": q})
+    pytest.importorskip("longstride.backends.triton.prepare").forget()
+    lowering.lowered.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    garbage = [torch.full((1 << n,), 7, dtype=torch.int32, device="cuda") for n in range(4, 18) for _ in range(50)]
+    assert torch.equal(graph({"q": q}), before)
+    assert len(garbage) > 0

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from longstride.backends.recorded import kept
 from longstride.backends.request import Request
 from longstride.errors import UnsupportedError
 from longstride.patterns import Pattern
@@ -79,7 +80,7 @@ def forward(
     from torch._dynamo.exc import TorchDynamoException
 
     # Made first: compiled code would trace the making of it.
-    mask = block_mask(pattern, q.shape[2], k.shape[2], q.shape[1], q.device)
+    mask = kept(block_mask(pattern, q.shape[2], k.shape[2], q.shape[1], q.device), q.device)
     attend = _compiled(pattern, (q.shape, k.shape, v.shape), q.dtype, q.device, scale)
     try:
         out, aux = attend(q, k, v, mask)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from longstride.backends.layout import empty_as
+from longstride.backends.recorded import kept
 from longstride.backends.request import Request
 from longstride.backends.triton.lowering import obstacles
 from longstride.patterns import Pattern
@@ -80,7 +81,8 @@ def _tf32(dtype: torch.dtype) -> bool:
 def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Any:
     from longstride.backends.triton.prepare import prepare_batched
 
-    return prepare_batched(pattern, q.shape, k.shape, v.shape[3], q.dtype, q.device, _tf32(q.dtype))
+    made = prepare_batched(pattern, q.shape, k.shape, v.shape[3], q.dtype, q.device, _tf32(q.dtype))
+    return kept(made, q.device)
 
 
 def forward(
@@ -170,7 +172,7 @@ def _prepared_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, longest:
     shapes = Shapes(
         longest, longest, q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, q.device, _tf32(q.dtype), True
     )
-    return prepare(pattern, shapes)
+    return kept(prepare(pattern, shapes), q.device)
 
 
 def _batched(*packed: torch.Tensor | None) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from longstride.backends.decode_request import CachedRows, DecodeRequest
+from longstride.backends.recorded import kept
 from longstride.backends.triton import DTYPES, MOST_HEAD_DIM, _installed, _on, _tf32, interpreted
 from longstride.backends.triton.decode_lowering import decode_obstacles, lower_layout
 from longstride.backends.triton.tuning import family
@@ -72,7 +73,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: CachedRows, 
     """out [batch, heads, tokens, v_head_dim] in q's dtype; shapes as in `Decoder`."""
     kernels: Any = import_module("longstride.backends.triton.decode_kernel")
     layout = rows.layout
-    lowered = lower_layout(layout, q.device)
+    lowered = kept(lower_layout(layout, q.device), q.device)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, dim = q.shape
     v_dim = v.shape[3]
