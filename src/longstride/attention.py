@@ -81,7 +81,8 @@ def attention(
         out [batch, heads, q_len, v_head_dim] in q's dtype; with `return_lse` also lse [batch, heads, q_len] in float32
         (float64 for float64), differentiable. A query with no allowed key gets output 0, lse -inf, zero gradients.
         out lies in memory in the order of q, and gradients in that of q, k and v: where these are views of
-        [batch, length, heads, head_dim], ``out.transpose(1, 2).flatten(2)`` copies nothing.
+        [batch, length, heads, head_dim], ``out.transpose(1, 2).flatten(2)`` copies nothing. With backend='reference'
+        they lie as they come.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit together.

@@ -2,7 +2,7 @@
 
 A projection writes [batch, length, heads * dim], and q, k and v are views of it. Results that lie so too are read by
 the next projection, and gradients by the one before, as they are: no copy stands around the attention. Operators
-promise their strides to the compiler, so every backend keeps to this, and so do the operators' fakes.
+promise their strides to the compiler, so every backend that runs in one keeps to this, and so do their fakes.
 """
 
 from __future__ import annotations

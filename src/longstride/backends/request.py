@@ -99,7 +99,10 @@ class Backend(Protocol):
         ...
 
     def forward(self, q: Any, k: Any, v: Any, pattern: Pattern, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse, both new; out lies in memory as `layout.empty_as` makes it of q, lse contiguous."""
+        """out and lse, both new; out lies in memory as `layout.empty_as` makes it of q, lse contiguous.
+
+        Where autograd differentiates the backend, nothing is promised of memory.
+        """
         ...
 
     def forward_only(self, q: Any, k: Any, v: Any, pattern: Pattern, scale: float) -> torch.Tensor:

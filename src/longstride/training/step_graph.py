@@ -25,8 +25,9 @@ class StepGraph:
     """Runs a pass as it is at first, then records it and replays the recording, for each shape of batches by itself.
 
     What runs is the same either way, kernel by kernel. The gradients' memory stays from the first pass on, and that of
-    the activations from the first recording on, in a pool of their own. A gradient that an optimizer dropped (``zero_grad``) is set
-    to zero before the next pass; one that is there is added to, so that gradients can be accumulated.
+    the activations from the first recording on, in a pool of their own. A gradient that an optimizer dropped
+    (``zero_grad``) is set to zero before the next pass; one that is there is added to, so that gradients can be
+    accumulated.
 
     Args:
         run: forward and backward pass of a batch on the device: adds to the parameters' gradients and returns the
