@@ -252,6 +252,12 @@ def test_fp16_on_the_cpu():
     assert_refused(result, "--precision fp16 needs a GPU: use bf16 or fp32")
 
 
+def test_a_recording_on_the_cpu(here):
+    result = train("--data", "text.txt", "--output", "a", "--device", "cpu", "--set", "run.cuda_graph=true")
+    assert_refused(result, "run.cuda_graph on cpu: it needs a CUDA device; set it to false here")
+    assert not (here / "a").exists()
+
+
 def test_scale_makes_another_size_of_the_recipe(here):
     options = ("--context", "32", "--device", "cpu", "--steps", "1", "--set", "sample.count=0")
     result = train("--data", "text.txt", "--output", "runs/s", "--scale", "1/8", "--batch-size", "1", *options)

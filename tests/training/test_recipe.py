@@ -144,6 +144,8 @@ def test_assignment_without_a_value():
 def test_resuming_may_change_what_the_curve_does_not_depend_on():
     started = Recipe()
     started.override({"schedule.steps": 10, "run.device": "cpu", "sample.count": 0}).check_resumable(started)
+    # A run that was recorded on a GPU goes on without one.
+    started.check_resumable(started.override({"run.cuda_graph": True}))
     with pytest.raises(RecipeError, match=r"model\.hidden_size is .* in the run to resume and cannot become 64"):
         started.override({"model.hidden_size": 64}).check_resumable(started)
     with pytest.raises(RecipeError, match=r"optimizer\.name is 'adamw' in the run to resume and cannot become 'muon'"):

@@ -92,7 +92,14 @@ def train(
     The output folder gets the model, the recipe with every value, metrics.jsonl, a loss curve, a picture of the
     attention patterns, samples, and the evaluation on text that the model has not seen.
     """
-    from longstride.training import RunFolder, check_precision, model_config, parse_assignments, resolve_device
+    from longstride.training import (
+        RunFolder,
+        check_precision,
+        check_recording,
+        model_config,
+        parse_assignments,
+        resolve_device,
+    )
 
     overrides = parse_assignments(assignments or [])
     flags: dict[str, Any] = {
@@ -117,7 +124,9 @@ def train(
     chosen = _choose_kind(_choose_recipe(folder, recipe, scale, overrides, resume), guess=not resume)
     # Everything that can be wrong with the recipe shows before anything is written.
     model_config(chosen)
-    check_precision(chosen.run.precision, resolve_device(chosen.run.device))
+    machine = resolve_device(chosen.run.device)
+    check_precision(chosen.run.precision, machine)
+    check_recording(chosen.run.cuda_graph, machine)
     try:
         prepared = _prepare(folder, chosen, resume)
         _say(prepared.describe())

@@ -23,7 +23,14 @@ from longstride.training.folder import RunFolder, find_model
 from longstride.training.kinds import kind_of
 from longstride.training.pieces import VOCAB_SIZE
 from longstride.training.recipe import Recipe, parse_assignments, read_recipe
-from longstride.training.run import TrainingResult, check_precision, model_config, resolve_device, train
+from longstride.training.run import (
+    TrainingResult,
+    check_precision,
+    check_recording,
+    model_config,
+    resolve_device,
+    train,
+)
 from longstride.training.scaling import read_scale, scaled
 from longstride.training.step_graph import StepGraph
 
@@ -39,6 +46,7 @@ __all__ = [
     "StepGraph",
     "TrainingResult",
     "check_precision",
+    "check_recording",
     "classifier_config",
     "document_log_probabilities",
     "evaluate",

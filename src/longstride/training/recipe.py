@@ -202,7 +202,14 @@ RECORDED: dict[str, tuple[typing.Any, ...]] = {
 }
 
 # What may differ when a run goes on: none of these changes the curve up to where the run stands.
-CHANGEABLE = ("schedule.steps", "run.device", "run.keep_checkpoints", "run.time_limit_s", "run.tensorboard")
+CHANGEABLE = (
+    "schedule.steps",
+    "run.device",
+    "run.cuda_graph",
+    "run.keep_checkpoints",
+    "run.time_limit_s",
+    "run.tensorboard",
+)
 CHANGEABLE_SECTIONS = ("evaluation.", "sample.")
 
 

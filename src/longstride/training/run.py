@@ -74,7 +74,7 @@ def check_precision(precision: str, device: torch.device) -> None:
 def check_recording(cuda_graph: bool, device: torch.device) -> None:
     """Raises ArgumentError where the device has no CUDA graphs and one is asked for."""
     if cuda_graph and device.type != "cuda":
-        raise ArgumentError(f"run.cuda_graph on {device.type}: it needs a CUDA device; leave it out here")
+        raise ArgumentError(f"run.cuda_graph on {device.type}: it needs a CUDA device; set it to false here")
 
 
 def model_config(recipe: Recipe) -> SparseTransformerConfig:
