@@ -113,12 +113,15 @@ class StepGraph:
         except RuntimeError as error:
             # It still takes itself to be recorded, and would refuse to draw.
             generator.graphsafe_set_state(random_state)
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+            first = error  # ending what failed may fail, too
+            while isinstance(first.__context__, RuntimeError):
+                first = first.__context__
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise UnsupportedError(
-                f"the training pass cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}): something in it "
-                "waits for the device; leave run.cuda_graph out"
-            ) from error
+                f"the training pass cannot be recorded as a CUDA graph ({str(first).splitlines()[0]}): something in it "
+                "waits for the device; run it without one (run.cuda_graph=false)"
+            ) from first
 
         def replay(batch: Batch) -> Tensor:
             for name, x in batch.items():
