@@ -91,7 +91,7 @@ class ClassificationRecipe(Sections):
     data: DocumentsRecipe = field(default_factory=DocumentsRecipe)
     model: EncoderRecipe = field(default_factory=EncoderRecipe)
     pretraining: PretrainingRecipe = field(default_factory=PretrainingRecipe)
-    optimizer: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe("adamw", learning_rate=3e-3))
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     schedule: ScheduleRecipe = field(default_factory=lambda: ScheduleRecipe(steps=600, warmup_steps=60, batch_size=16))
     run: ClassificationRun = field(default_factory=ClassificationRun)
     evaluation: PiecesRecipe = field(default_factory=PiecesRecipe)
