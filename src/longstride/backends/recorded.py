@@ -23,5 +23,8 @@ def kept(made: Made, device: torch.device) -> Made:
 
 
 def recording(device: torch.device) -> bool:
-    """True where launches on the device are being recorded as a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """True where launches on the device are being recorded as a CUDA graph.
+
+    Not while a compiler traces the call: it cannot ask, nothing is launched yet, and its code holds what it reads.
+    """
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
