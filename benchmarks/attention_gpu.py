@@ -98,7 +98,7 @@ def row_of(case: Case, offer: Offer) -> dict:
 
 def prove_ours(bench: Bench, case: Case, offer: Offer, inputs: Inputs, row: dict) -> tuple[Contender, Results]:
     """Our contender and its results, or AssertionError where they are wrong."""
-    row["backend"], row["how"] = choice(offer.pattern, inputs)
+    row["backend"], row["how"] = choice(offer.pattern, inputs.q, inputs.k, inputs.v)
     start = time.perf_counter()
     contender = offer.make(inputs)
     _wait(bench)

@@ -40,12 +40,14 @@ class Arm:
     Attributes:
         changes: dotted keys of the recipe that differ from the experiment's.
         maps: learned attention is drawn from it.
+        share: of the experiment's seconds that it gets: a whole training, its schedule as short.
     """
 
     name: str
     patterns: tuple[str, ...]
     changes: Mapping[str, Any] = field(default_factory=dict)
     maps: bool = False
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Experiment:
     Attributes:
         data: the folder of the prepared data.
         recipe: dotted keys of all arms.
-        seconds: of training an arm, periodic evaluations included, compiling not.
+        seconds: of training a whole arm, periodic evaluations included, compiling not.
         evaluation_tokens: of the test split that the last evaluation reads.
         validation_tokens: that each of the periodic evaluations reads.
         prompt, drawn, count: tokens that samples start from, tokens to draw, and how many samples.
@@ -91,6 +93,7 @@ def _every(layers: int, place: int, others: str, one: str) -> tuple[str, ...]:
 
 #: Of eight.
 TWO_DENSE_HEADS = "per_head(Local(256), Local(256), Local(256), Causal())"
+SUMMARY = "Local(128) | Summary(128, 8)"
 TEXT = Experiment(
     name="text",
     title="Text: 10^8 bytes of English Wikipedia (not enwik8)",
@@ -109,9 +112,14 @@ TEXT = Experiment(
         Arm("strided", ("Local(128)", "Strided(128)"), maps=True),
         Arm("dense", ("Causal()",), maps=True),
         Arm("local", ("Local(128)",)),
-        Arm("local and summary", _every(4, 3, "Local(256)", "Local(128) | Summary(128, 8)")),
+        Arm("local and summary", _every(4, 3, "Local(256)", SUMMARY)),
         Arm("local and one dense layer", _every(10, 6, "Local(256)", "Causal()")),
         Arm("dense, T 3,072", ("Causal()",), {"data.context": 3072, "schedule.batch_size": 16}),
+        # Whether they need half of dense's time.
+        Arm("local and two dense heads, half the time", _every(5, 4, "Local(256)", TWO_DENSE_HEADS), share=0.5),
+        Arm("local and summary, half the time", _every(4, 3, "Local(256)", SUMMARY), share=0.5),
+        Arm("fixed, half the time", ("Fixed(128, 32)",), share=0.5),
+        Arm("strided, half the time", ("Local(128)", "Strided(128)"), share=0.5),
     ),
     seconds=130,
     evaluation_tokens=2_000_000,
@@ -180,6 +188,28 @@ AUDIO_262K = replace(
     arms=(Arm("strided", ("Local(512)", "Strided(512)")),),
     validation_tokens=262_144,
 )
+AUDIO_1M = replace(
+    AUDIO_65K,
+    name="audio-1m",
+    title="Synthesised piano at 12 kHz, 1,048,576 samples (87 s)",
+    data="audio-by-piece",
+    # The paper's 3 M parameters, in the shape of recipes/music-1m.yaml; some hundred steps in all.
+    recipe={
+        **AUDIO_65K.recipe,
+        "data.context": 1 << 20,
+        "model.hidden_size": 128,
+        "model.num_hidden_layers": 14,
+        "model.num_attention_heads": 4,
+        "model.dropout": 0.0,
+        "run.recompute": "blocks",
+        "schedule.warmup_steps": 30,
+        "run.log_every": 10,
+    },
+    arms=(Arm("strided", ("Local(1024)", "Strided(1024)")),),
+    seconds=120,
+    evaluation_tokens=2 << 20,
+    validation_tokens=1 << 20,
+)
 MIDI = Experiment(
     name="midi",
     title="Piano pieces as MIDI events",
@@ -204,7 +234,7 @@ MIDI = Experiment(
     count=4,
     unit="event",
 )
-EXPERIMENTS = {experiment.name: experiment for experiment in (TEXT, IMAGES, AUDIO_65K, AUDIO_262K, MIDI)}
+EXPERIMENTS = {experiment.name: experiment for experiment in (TEXT, IMAGES, AUDIO_65K, AUDIO_262K, AUDIO_1M, MIDI)}
 
 
 def tiny(experiment: Experiment) -> Experiment:

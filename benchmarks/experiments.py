@@ -38,7 +38,7 @@ from longstride.training import (
     resolve_device,
     train,
 )
-from peers import why
+from peers import kernels_of, why
 
 #: Steps before an arm that measure its time, and of these the first, which compile, allocate and warm up.
 MEASURED_STEPS, WARM_STEPS = 40, 20
@@ -52,6 +52,8 @@ SOURCES: dict[str, tuple[str, str | None, dict[str, Any], int]] = {
     "wiki": ("wiki.txt", None, {}, 12288),
     "cifar10": ("cifar-10-batches-bin", "images", {}, 3072),
     "audio": ("piano", "audio", {"sample_rate_hz": 12_000}, 262_144),
+    # Its folder's test/ and validation/ hold a piece each: a tenth of all is too short for such windows.
+    "audio-by-piece": ("piano-by-piece", "audio", {"sample_rate_hz": 12_000}, 1 << 20),
     "midi": ("midi", "midi", {}, 8192),
 }
 PLACES = ", ".join(place for place, *_ in SOURCES.values())
@@ -109,14 +111,15 @@ def run_arm(experiment: Experiment, arm: Arm, data: PreparedData, quick: bool) -
     cuda = resolve_device(recipe.run.device).type == "cuda"
     measured = measure_step(recipe, data, quick)
     release(cuda)
-    training_s = experiment.seconds - EVALUATIONS * measured["evaluation_s"]
+    seconds = arm.share * experiment.seconds
+    training_s = seconds - EVALUATIONS * measured["evaluation_s"]
     steps = max(2 * EVALUATIONS, int(training_s / measured["step_s"]))
     recipe = recipe.override(
         {
             "schedule.steps": steps,
             "run.evaluate_every": math.ceil(steps / EVALUATIONS),
             # Against a step time that was measured badly.
-            "run.time_limit_s": 1.3 * experiment.seconds + 30,
+            "run.time_limit_s": 1.3 * seconds + 30,
         }
     )
     say(f"{arm.name}: {measured['step_s'] * 1e3:.1f} ms a step, {steps:,} steps")
@@ -127,6 +130,7 @@ def run_arm(experiment: Experiment, arm: Arm, data: PreparedData, quick: bool) -
     per_step = recipe.schedule.batch_size * recipe.schedule.gradient_accumulation_steps * recipe.data.context
     row = {
         "patterns": list(arm.patterns),
+        "kernels": kernels(recipe, cuda),
         "recipe": {key: value for key, value in recipe.items() if _said(key, value)},
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
         **measured,
@@ -154,6 +158,14 @@ def run_arm(experiment: Experiment, arm: Arm, data: PreparedData, quick: bool) -
         row |= facts
         arrays |= found
     return row, arrays
+
+
+def kernels(recipe: Recipe, cuda: bool) -> list[str]:
+    """What attention runs on."""
+    model, heads = recipe.model, recipe.model.num_attention_heads
+    shape = (recipe.schedule.batch_size, heads, recipe.data.context)
+    qk_dim = (model.qk_hidden_size or model.hidden_size) // heads
+    return kernels_of(model.patterns, shape, qk_dim, model.hidden_size // heads, "cuda" if cuda else "cpu")
 
 
 def _said(key: str, value: Any) -> bool:
@@ -238,7 +250,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
             "triton": getattr(triton, "__version__", "not loaded"),
             "python": platform.python_version(),
             "commit": options.commit or commit(),
-            "wanted_seconds": experiment.seconds,
+            "wanted_seconds": arm.share * experiment.seconds,
             "data": {"tokens": data.tokens, "method": data.method},
         }
         try:

@@ -9,7 +9,7 @@ import contextlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -119,13 +119,29 @@ def _longstride(pattern: ls.Pattern) -> Attend:
     return lambda q, k, v: ls.attention(q, k, v, pattern)
 
 
-def choice(pattern: ls.Pattern, inputs: Inputs) -> tuple[str | None, str]:
+def choice(pattern: ls.Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[str | None, str]:
     """The backends that `longstride.attention` takes for these inputs, and the lines of `explain` that say why."""
     with contextlib.redirect_stdout(io.StringIO()):
-        explanation = ls.explain(inputs.q, inputs.k, inputs.v, pattern)
+        explanation = ls.explain(q, k, v, pattern)
     lines = [line.strip() for line in str(explanation).splitlines() if ": chosen" in line]
     names = dict.fromkeys(name for name in (explanation.backend, explanation.backward) if name)
     return "+".join(names) or None, "; ".join(lines)
+
+
+def kernels_of(texts: Sequence[str], shape: tuple[int, int, int], qk_dim: int, v_dim: int, device: str) -> list[str]:
+    """Each pattern with the backends that it runs on, and of vendors' kernels whose they are.
+
+    Args:
+        shape: batch, heads and length of what a model in bf16, on the CPU in float32, gives to its attention.
+    """
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v = (torch.empty(*shape, dim, dtype=dtype, device=device) for dim in (qk_dim, qk_dim, v_dim))
+    found = []
+    for text in dict.fromkeys(texts):
+        backends, lines = choice(ls.parse(text), q, k, v)
+        whose = dict.fromkeys(re.findall(r" attention of (.+?) over ", lines))
+        found.append(f"{text}: {backends}" + (f" ({', '.join(whose)})" if whose else ""))
+    return found
 
 
 def dense(case: Case) -> Iterator[Offer]:

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import argparse
 import gc
-import io
 import json
 import platform
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-import longstride as ls
 from harness import commit, device_name, spread, write_whole
 from longstride.training.step_graph import WARM_UP
-from peers import why
+from peers import kernels_of, why
 from training_page import render
 from training_profile import breakdown
 from training_steps import DENSE, NONE, SDPA, Size, Stepper, checked, compared, step_times_ms
@@ -149,7 +147,7 @@ def _measure(case: Case, size: Size, device: str, backend: str) -> dict:
     # Of all arms' recorded passes, which would not fit side by side.
     pool = None if device == "cpu" else torch.cuda.graph_pool_handle()
     for name, patterns in case.arms:
-        row = rows[name] = {"what": name, "patterns": list(patterns), "how": how(patterns, size, device)}
+        row = rows[name] = {"what": name, "patterns": list(patterns), "how": kernels(patterns, size, device)}
         release(device)
         others = held_bytes(device)
         try:
@@ -188,23 +186,13 @@ def _measure(case: Case, size: Size, device: str, backend: str) -> dict:
     return result
 
 
-def how(patterns: tuple[str, ...], size: Size, device: str) -> list[str]:
-    """The backends that `longstride.attention` takes for the layers, forward and backward."""
+def kernels(patterns: tuple[str, ...], size: Size, device: str) -> list[str]:
+    """What attention runs on, where it is ours to say."""
     if patterns[0] in (NONE, SDPA):
         return []
     texts = ("Causal()",) if patterns == (DENSE,) else patterns
-    dtype = torch.bfloat16 if device != "cpu" else torch.float32
-    qk = (size.qk_hidden_size or size.hidden_size) // size.heads
-    v_dim = size.hidden_size // size.heads
-    q, k, v = (
-        torch.empty(size.batch, size.heads, size.length, dim, dtype=dtype, device=device) for dim in (qk, qk, v_dim)
-    )
-    found = []
-    for text in texts:
-        with redirect_stdout(io.StringIO()):
-            explanation = ls.explain(q, k, v, ls.parse(text))
-        found.append(f"{text}: {explanation.backend}, backward {explanation.backward}")
-    return found
+    qk_dim = (size.qk_hidden_size or size.hidden_size) // size.heads
+    return kernels_of(texts, (size.batch, size.heads, size.length), qk_dim, size.hidden_size // size.heads, device)
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def _steps(name: str, case: dict) -> list[str]:
         memory = f"{row['peak_bytes'] / 2**30:.1f} GiB"
         lines.append(f"| {row['what']} | {patterns} | {spread} | {tokens:,.0f} | {times} | {tax} | {memory} |")
     backends = sorted({text for row in case["rows"] for text in row["how"]})
-    lines += ["", f"Backends: {'; '.join(backends)}.", ""]
+    lines += ["", f"Attention runs on: {'; '.join(backends)}.", ""]
     lines += [f"- {aim}" for aim in aims(name, case)]
     lines += ["", *(_breakdown(case) if "breakdown" in case else [])]
     return lines

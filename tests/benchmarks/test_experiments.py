@@ -63,6 +63,8 @@ def test_the_page_of_made_up_results(tmp_path: Path) -> None:
     results.mkdir()
     short = arm(1.5, "short", recipe={"data.context": 32})
     arms = {"short": short, "dense": arm(1.7, "dense"), "fixed": arm(1.6, "fixed"), "strided": arm(1.65, "strided")}
+    arms["fixed"]["kernels"] = arms["short"]["kernels"] = ["Fixed(8, 2): triton"]
+    arms["dense"]["kernels"] = ["Causal(): vendor (flash-attn-4)"]
     text = {"title": "Text", "unit": "byte", "arms": arms, "failed": {"local": "out of memory"}, "note": "So far."}
     (results / "text.json").write_text(json.dumps(text))
     experiments_page.write_page(results, docs)
@@ -74,6 +76,7 @@ def test_the_page_of_made_up_results(tmp_path: Path) -> None:
     assert "- fixed reaches the bits that dense ends with in 0.95 of dense's time" in page
     assert "| at least | 0 | 32 |" in page
     assert "Not trained: local: out of memory" in page
+    assert "\nAttention runs on: Fixed(8, 2): triton; Causal(): vendor (flash-attn-4).\n" in page
     assert "\nSo far.\n" in page
     # The best arm comes first.
     assert page.index("| fixed | Local(5)") < page.index("| strided | Local(7)") < page.index("| dense | Local(5)")
@@ -168,6 +171,7 @@ def test_the_whole_way_at_tiny_sizes(tmp_path: Path, data: Path, monkeypatch: py
     assert 0 < fixed["training"][0][0] < fixed["training"][-1][0] <= fixed["seconds"]
     assert "reason" not in fixed["sampled"]
     assert fixed["maps"]
+    assert fixed["kernels"] == ["Fixed(8, 2): torch"]
     images = json.loads((output / "images.json").read_text())["arms"]["strided"]
     assert images["evaluation"]["unit"] == "dim"
     # What is there is not trained again, and other arms are added.

@@ -76,6 +76,20 @@ def test_recorded_trainings_are_the_same(
         assert (weight - other).norm() <= 0.03 * weight.norm(), what
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_fp16_with_dynamic_loss_scaling(tmp_path: Path, name: str) -> None:
+    """A recording scales its loss by what the scaler has by then: steps that overflow are skipped, in both alike."""
+    data = prepared(tmp_path)
+    changed = {"optimizer.name": name, "run.precision": "fp16", "schedule.steps": 40}
+    plain, _ = trained(tmp_path / "plain", data, **changed)
+    recorded, model = trained(tmp_path / "recorded", data, **changed, **{"run.cuda_graph": True})
+    assert list(recorded.values()) == pytest.approx(list(plain.values()), rel=2e-2)
+    assert recorded[40] < recorded[1] - 0.5
+    full, _ = trained(tmp_path / "full", data, **changed | {"run.precision": "fp32"})
+    assert recorded[40] == pytest.approx(full[40], rel=0.1)
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
 def test_dropout_draws_anew_at_every_replay(tmp_path: Path) -> None:
     """A replay that drew the same again would have the same loss for the same batch and weights."""
     data = prepared(tmp_path)
