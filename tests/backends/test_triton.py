@@ -25,8 +25,10 @@ from tests.strategies import ATOMS, Thirds, lengths, patterns, random_table
 from tests.test_attention_varlen import make_packed, one_by_one, packed
 
 import longstride as ls
+from longstride.attention import attention_stacked
 from longstride.backends import recorded
 from longstride.backends import triton as triton_backend
+from longstride.backends.layout import heads_of
 from longstride.backends.request import Request
 from longstride.backends.triton import lowering, tuning
 from longstride.plan import KINDS
@@ -249,6 +251,29 @@ def test_tiles_of_one_kind_of_product():
             assert (shape.own < 64) == (shape.other < 64)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "grows"),
+    [
+        (ls.Causal(), True),
+        (ls.Fixed(32, 8), True),
+        (ls.Local(4) | ls.Summary(16, 2), True),
+        (ls.Local(40), False),
+        (ls.BlockLocal(32), False),
+        (ls.Strided(4), False),
+        (ls.Dilated(5, 3), False),
+        (ls.Global(4), False),
+        (ls.bigbird(16), False),
+    ],
+    ids=str,
+)
+def test_heads_go_first_where_work_grows_along_the_sequence(launch, pattern, grows):
+    shape = torch.Size((1, 2, 200, 16))
+    made = launch.prepare_batched(pattern, shape, shape, 16, torch.float32, torch.device("cpu"), False)
+    jobs = [*made.forward, *(job for _, job in made.backward)]
+    first = [job.settings["HEADS_FIRST"] for job in jobs if "HEADS_FIRST" in job.settings]
+    assert any(first) == grows
+
+
 def test_only_what_no_launch_stores_is_filled(launch):
     def prepared(pattern, heads=2, kv_heads=2, length=60):
         shape, keys = torch.Size((1, heads, length, 16)), torch.Size((1, kv_heads, length, 16))
@@ -317,7 +342,7 @@ def test_any_strides(pattern):
 def test_offsets_of_64_bits_and_grids_cut_into_pieces(pattern, monkeypatch):
     calls = importlib.import_module("longstride.backends.triton.launch")
     monkeypatch.setattr(calls, "_wide", lambda *_: True)
-    monkeypatch.setattr(calls, "MOST_ROWS", 2)
+    monkeypatch.setattr(calls, "MOST_IN_GRID", 2)
     assert_triton_is_reference(pattern, 20, 20, batch=3)
 
 
@@ -505,6 +530,19 @@ def test_interpreted_kernels_are_only_for_checking(monkeypatch):
     assert ls.explain(q, k, v, MERGED, backend="triton").backend == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "device cpu is not cuda" in ls.explain(q, k, v, MERGED).reasons["triton"]
+
+
+@pytest.mark.parametrize("pattern", [MERGED, ls.Strided(4), ls.Fixed(8, 2)], ids=str)
+def test_gradients_side_by_side(pattern):
+    """Written into a single tensor, whose strides are not those of q, k and v by themselves; one that is misaligned."""
+    for qk_width, width in ((16, 32), (6, 10)):
+        rows = torch.randn(1, 21, 2 * qk_width + width, requires_grad=True)
+        out = attention_stacked(rows, pattern, heads=2, qk_width=qk_width, backend="triton")
+        (found,) = torch.autograd.grad(out.sin().sum(), rows)
+        truth = ls.attention(*heads_of(rows, 2, qk_width), pattern, backend="reference")
+        (expected,) = torch.autograd.grad(truth.sin().sum(), rows)
+        torch.testing.assert_close(out, truth, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_operator_is_registered_as_pytorch_asks():

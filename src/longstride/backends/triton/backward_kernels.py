@@ -25,6 +25,7 @@ from longstride.backends.triton.geometry import (
     kind_of,
     met,
     owned,
+    place_in_grid,
     places,
     source_of,
     splits,
@@ -370,7 +371,7 @@ def backward_q(
     low, kv_len, scale, grad_scale, head_first, share,
     OWNER: tl.constexpr, numbers: tl.constexpr, OWNER_INDEX: tl.constexpr, SOURCES: tl.constexpr, STEP: tl.constexpr,
     ADD: tl.constexpr, MAKE_DELTA: tl.constexpr, KEEP_DELTA: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    VARLEN: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+    VARLEN: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr, HEADS_FIRST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, PACK: tl.constexpr, STAGES: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, DIM_PAD: tl.constexpr, V_DIM_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -379,12 +380,12 @@ def backward_q(
     ADD: GradQ already holds the gradient through other keys. MAKE_DELTA: delta comes from Out, GradOut and GradLse, and
     with KEEP_DELTA goes to Delta (which has Lse's strides); else it is read there.
     """
+    tile, tiles, head_here = place_in_grid(HEADS_FIRST)
     _tile_q(
         Q, K, V, Out, Lse, GradOut, GradLse, Delta, GradQ, lists, starts, spots,
         q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
         go_b, go_h, go_t, go_d, gl_b, gl_h, gl_t, gq_b, gq_h, gq_t, gq_d,
-        low, kv_len, scale, grad_scale, tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2),
-        head_first,
+        low, kv_len, scale, grad_scale, tiles - 1 - tile, head_here, tl.program_id(2), head_first,
         share, OWNER, numbers, OWNER_INDEX, SOURCES, STEP, ADD, MAKE_DELTA, KEEP_DELTA, HAS_GRAD_LSE, VARLEN, SIGN,
         WIDE,
         BLOCK_Q, BLOCK_KV, PACK, STAGES, DIM, V_DIM, DIM_PAD, V_DIM_PAD, PRECISION,
@@ -399,16 +400,17 @@ def backward_kv(
     low, kv_len, scale, grad_scale, head_first, share, readers,
     OWNER: tl.constexpr, numbers: tl.constexpr, OWNER_INDEX: tl.constexpr, SOURCES: tl.constexpr, STEP: tl.constexpr,
     ADD: tl.constexpr, MAKE_DELTA: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    VARLEN: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+    VARLEN: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr, HEADS_FIRST: tl.constexpr,
     BLOCK_KV: tl.constexpr, BLOCK_Q: tl.constexpr, PACK: tl.constexpr, STAGES: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, DIM_PAD: tl.constexpr, V_DIM_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of the keys, summed over the `readers` query heads of each of the `heads` key heads."""
+    tile, _, head_here = place_in_grid(HEADS_FIRST)
     _tile_kv(
         Q, K, V, Out, Lse, GradOut, GradLse, Delta, GradK, GradV, lists, starts, spots,
         q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
         go_b, go_h, go_t, go_d, gl_b, gl_h, gl_t, gk_b, gk_h, gk_t, gk_d, gv_b, gv_h, gv_t, gv_d,
-        low, kv_len, scale, grad_scale, tl.program_id(0), tl.program_id(1), tl.program_id(2), head_first,
+        low, kv_len, scale, grad_scale, tile, head_here, tl.program_id(2), head_first,
         share, readers, OWNER, numbers, OWNER_INDEX, SOURCES, STEP, ADD, MAKE_DELTA, HAS_GRAD_LSE, VARLEN, SIGN, WIDE,
         BLOCK_KV, BLOCK_Q, PACK, STAGES, DIM, V_DIM, DIM_PAD, V_DIM_PAD, PRECISION,
     )  # fmt: skip
@@ -422,8 +424,8 @@ def backward_both(
     low, kv_len, scale, grad_scale, head_first, share, readers,
     OWNER: tl.constexpr, numbers: tl.constexpr, OWNER_INDEX: tl.constexpr, SOURCES: tl.constexpr, STEP: tl.constexpr,
     ADD_Q: tl.constexpr, ADD_KV: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, VARLEN: tl.constexpr, SIGN: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
-    STAGES: tl.constexpr,
+    WIDE: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_Q: tl.constexpr, PACK: tl.constexpr, STAGES: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, DIM_PAD: tl.constexpr, V_DIM_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`backward_q` and `backward_kv` in one launch, program by program, for as many keys as queries.
@@ -431,13 +433,14 @@ def backward_both(
     Programs of the two kinds that run at the same time work on the same rows, so that most of what the second reads is
     in the cache still. delta is there already.
     """
-    tile = tl.num_programs(0) // 2 - 1 - tl.program_id(0) // 2
-    if tl.program_id(0) % 2 == 0:
+    program, programs, head_here = place_in_grid(HEADS_FIRST)
+    tile = programs // 2 - 1 - program // 2
+    if program % 2 == 0:
         _tile_q(
             Q, K, V, Out, Lse, GradOut, GradLse, Delta, GradQ, lists, starts, spots,
             q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
             go_b, go_h, go_t, go_d, gl_b, gl_h, gl_t, gq_b, gq_h, gq_t, gq_d,
-            low, kv_len, scale, grad_scale, tile, tl.program_id(1), tl.program_id(2), head_first, share,
+            low, kv_len, scale, grad_scale, tile, head_here, tl.program_id(2), head_first, share,
             OWNER, numbers, OWNER_INDEX, SOURCES, STEP, ADD_Q, False, False, HAS_GRAD_LSE, VARLEN, SIGN, WIDE,
             BLOCK, BLOCK_KV, PACK, STAGES, DIM, V_DIM, DIM_PAD, V_DIM_PAD, PRECISION,
         )  # fmt: skip
@@ -446,7 +449,7 @@ def backward_both(
             Q, K, V, Out, Lse, GradOut, GradLse, Delta, GradK, GradV, lists, starts, spots,
             q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
             go_b, go_h, go_t, go_d, gl_b, gl_h, gl_t, gk_b, gk_h, gk_t, gk_d, gv_b, gv_h, gv_t, gv_d,
-            low, kv_len, scale, grad_scale, tile, tl.program_id(1), tl.program_id(2), head_first, share, readers,
+            low, kv_len, scale, grad_scale, tile, head_here, tl.program_id(2), head_first, share, readers,
             OWNER, numbers, OWNER_INDEX, SOURCES, STEP, ADD_KV, False, HAS_GRAD_LSE, VARLEN, SIGN, WIDE,
             BLOCK, BLOCK_Q, PACK, STAGES, DIM, V_DIM, DIM_PAD, V_DIM_PAD, PRECISION,
         )  # fmt: skip

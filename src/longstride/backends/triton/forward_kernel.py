@@ -20,6 +20,7 @@ from longstride.backends.triton.geometry import (
     kind_of,
     met,
     owned,
+    place_in_grid,
     places,
     source_of,
     splits,
@@ -146,7 +147,7 @@ def forward(
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d, l_b, l_h, l_t,
     low, kv_len, scale, head_first, share,
     OWNER: tl.constexpr, numbers: tl.constexpr, OWNER_INDEX: tl.constexpr, SOURCES: tl.constexpr, STEP: tl.constexpr,
-    MERGE: tl.constexpr, VARLEN: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+    MERGE: tl.constexpr, VARLEN: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr, HEADS_FIRST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, PACK: tl.constexpr, STAGES: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, DIM_PAD: tl.constexpr, V_DIM_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -156,8 +157,8 @@ def forward(
     scale: |scale| * log2(e), the sign in SIGN (0 for a scale of 0). MERGE: Out and Lse already hold the result over
     other keys, and this launch adds its own. starts: int [documents + 1] with VARLEN, else unused.
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles have most to do
-    head_here = tl.program_id(1)
+    tile, tiles, head_here = place_in_grid(HEADS_FIRST)
+    tile = tiles - 1 - tile  # the last tiles have most to do
     head = head_first + head_here
     b, row0, low, kv_len = document(starts, tl.program_id(2), low, kv_len, VARLEN)
     i, i_there, first, last = owned(tile, OWNER, OWNER_INDEX, numbers, spots, lists, low, kv_len, BLOCK_Q, PACK)

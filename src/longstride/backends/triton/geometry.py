@@ -254,6 +254,13 @@ def _holds(i, j, KIND: tl.constexpr, INDEX: tl.constexpr, numbers: tl.constexpr,
 
 
 @triton.jit
+def place_in_grid(HEADS_FIRST: tl.constexpr):
+    """(tile, tiles, head) of a program."""
+    tiles: tl.constexpr = 1 if HEADS_FIRST else 0
+    return tl.program_id(tiles), tl.num_programs(tiles), tl.program_id(1 - tiles)
+
+
+@triton.jit
 def allowed(i, j, SOURCE: tl.constexpr, numbers: tl.constexpr, spots, lists, PACK: tl.constexpr, SIDE: tl.constexpr):
     """The conditions of the source's part that are in doubt on this side. i and j broadcast to the result's shape."""
     ok = i == i

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from longstride.backends.triton.backward_kernels import make_delta
-from longstride.backends.triton.prepare import Job, Prepared, padded
+from longstride.backends.triton.prepare import MOST_IN_GRID, Job, Prepared, padded
 
 LOG2_E = 1.0 / math.log(2.0)
 
@@ -51,10 +51,6 @@ def _run_all(batch: int, calls: list[tuple[Job, tuple, tuple]], flags: Callable[
         job.run(batch, key, arguments, flags)
 
 
-#: The most batch rows of one launch: what a grid's third dimension takes.
-MOST_ROWS = 65535
-
-
 def run_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -69,9 +65,9 @@ def run_forward(
 ) -> None:
     """Write out [batch, heads, q_len, v_dim] and lse [batch, heads, q_len]; starts: of packed documents (batch 1)."""
     batch = q.shape[0] if starts is None else starts.shape[0] - 1
-    if batch > MOST_ROWS:
-        for first in range(0, batch, MOST_ROWS):
-            rows = slice(first, min(first + MOST_ROWS, batch))
+    if batch > MOST_IN_GRID:
+        for first in range(0, batch, MOST_IN_GRID):
+            rows = slice(first, min(first + MOST_IN_GRID, batch))
             if starts is None:
                 run_forward(q[rows], k[rows], v[rows], made, scale, out[rows], lse[rows], low, kv_len)
             else:
@@ -116,9 +112,9 @@ def run_backward(
 ) -> None:
     """Write the gradients of q, k and v; arguments as in `run_forward`."""
     batch = q.shape[0] if starts is None else starts.shape[0] - 1
-    if batch > MOST_ROWS:
-        for first in range(0, batch, MOST_ROWS):
-            rows = slice(first, min(first + MOST_ROWS, batch))
+    if batch > MOST_IN_GRID:
+        for first in range(0, batch, MOST_IN_GRID):
+            rows = slice(first, min(first + MOST_IN_GRID, batch))
             if starts is None:
                 run_backward(
                     grad_out[rows], None if grad_lse is None else grad_lse[rows], q[rows], k[rows], v[rows], out[rows],

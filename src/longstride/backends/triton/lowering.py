@@ -63,6 +63,11 @@ class Launch:
     span: int
 
     @property
+    def grows(self) -> bool:
+        """True where later queries meet more and more keys, side by side: tiles that differ in their work."""
+        return self.step == 1 and not all(_bounded(part.term) for part in self.parts)
+
+    @property
     def whole(self) -> bool:
         """True when the tiles hold every row of the owner's side."""
         return self.owner in (LANES, BLOCKS)
@@ -75,6 +80,12 @@ class Lowered:
     queries: tuple[Launch, ...]
     keys: tuple[Launch, ...]
     lists: torch.Tensor = field(hash=False, compare=False)  # int32, on the CPU
+
+
+def _bounded(term: Term) -> bool:
+    """True where a window, a block, a table or a list says how many keys a query meets, whatever its position."""
+    window = term.band is not None and term.band.lo is not None and term.band.hi is not None
+    return window or any(term.find(kind) for kind in (SameBlock, BlockTable, KeyList, QueryList))
 
 
 def obstacles(plan: Plan) -> list[str]:

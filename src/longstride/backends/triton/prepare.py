@@ -39,9 +39,14 @@ class Job:
     options: dict[str, Any]
     compiled: dict[tuple, tuple[Any, tuple]] = field(default_factory=dict)
 
+    def _grid(self, batch: int) -> tuple[int, int, int]:
+        if self.settings.get("HEADS_FIRST"):
+            return self.heads, self.tiles, batch
+        return self.tiles, self.heads, batch
+
     def compile(self, batch: int, arguments: tuple, flags: Callable[[], dict[str, Any]]) -> None:
         """Compile for these arguments, and do not launch."""
-        grid = (self.tiles, self.heads, batch)
+        grid = self._grid(batch)
         self.kernel.warmup(*arguments, grid=grid, **(flags() | self.settings), **self.options)
 
     def run(self, batch: int, key: tuple, arguments: tuple, flags: Callable[[], dict[str, Any]]) -> None:
@@ -50,7 +55,7 @@ class Job:
         Triton looks at every argument of every call to find what to launch, which takes several times as long as the
         launch; here `key` finds it. It holds what the compiler specialises on: strides, alignment, flags.
         """
-        grid = (self.tiles, self.heads, batch)
+        grid = self._grid(batch)
         found = self.compiled.get(key)
         if found is not None:
             kernel, constants = found
@@ -60,6 +65,10 @@ class Job:
         kernel = self.kernel[grid](*arguments, **known, **self.options)
         if kernel is not None:  # the interpreter compiles nothing
             self.compiled[key] = (kernel, tuple(known[name] for name in self.kernel.arg_names[len(arguments) :]))
+
+
+#: Programs along the second and the third dimension of a grid.
+MOST_IN_GRID = 65535
 
 
 @dataclass(frozen=True)
@@ -299,6 +308,8 @@ def _job(kernel: Any, launch: Launch, shapes: Shapes, shape: Shape, queries_own:
             "STEP": launch.step,
             "PACK": pack,
             "STAGES": shape.stages,
+            # The longest tiles of all heads, then the next: at the end, no head has long ones left to do by itself.
+            "HEADS_FIRST": launch.grows and 2 * tiles <= MOST_IN_GRID,
         },
         {"num_warps": shape.warps, "maxnreg": shape.registers or None},
     )
