@@ -60,3 +60,20 @@ def test_default_axes(max_positions, stride, axes):
 def test_bad_axes(axes):
     with pytest.raises(ArgumentError, match="at least one axis, each of size 1 or more"):
         FactorizedPositions(axes, 4)
+
+
+@pytest.mark.parametrize("axes", [(30,), (5, 7), (4, 3, 3), (3, 1, 5)])
+def test_the_first_positions_need_no_look_up(axes):
+    positions = FactorizedPositions(axes, 6).double()
+    total = torch.tensor(axes).prod().item()
+    for length in (1, 4, total - 1, total):
+        weight = torch.randn(length, 6, dtype=torch.float64)
+        first, looked_up = positions.first(length), positions(torch.arange(length))
+        assert torch.equal(first, looked_up)
+        (got,), (wanted,) = (torch.autograd.grad((x * weight).sum(), positions.weight) for x in (first, looked_up))
+        torch.testing.assert_close(got, wanted)
+
+
+def test_more_positions_than_the_axes_hold():
+    with pytest.raises(ArgumentError, match=r"7 positions: axes=\(2, 3\) hold 6"):
+        FactorizedPositions((2, 3), 4).first(7)

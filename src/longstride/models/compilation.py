@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from longstride.models.modeling import SparseTransformerForCausalLM, run_block
+from longstride.models.modeling import SparseTransformerForCausalLM, run_block, run_norm
 from longstride.models.schedule import layer_patterns
 from longstride.nn import chunk_loss
 
@@ -15,7 +15,7 @@ VARIANTS = 8
 
 @contextmanager
 def compiled_blocks(model: SparseTransformerForCausalLM, *, backend: str = "inductor") -> Generator[None]:
-    """Inside, training passes run each residual block, and each chunk of the loss, as one compiled graph.
+    """Inside, training passes run each residual block, the last norm and each chunk of the loss as a compiled graph.
 
     Blocks that differ in their weights alone share a graph: a model of 128 layers that alternate between two patterns
     compiles two. What `recompute_in_backward` chose is part of the graph. Only training mode is compiled: evaluation
@@ -35,10 +35,12 @@ def compiled_blocks(model: SparseTransformerForCausalLM, *, backend: str = "indu
     # as it grows and as rows begin anew, is up to the segments: a training must not end at any.
     limit = len(patterns) * (1 + 2 * model.config.memory) + VARIANTS
     model.model.run_block = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
+    model.model.run_norm = torch.compile(run_norm, fullgraph=True, dynamic=False, backend=backend)
     model.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False, backend=backend)
     try:
         with torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=max(256, limit)):
             yield
     finally:
         model.model.run_block = run_block
+        model.model.run_norm = run_norm
         model.chunk_loss = chunk_loss

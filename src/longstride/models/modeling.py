@@ -68,6 +68,11 @@ def run_block(layer: nn.Module, hidden: Tensor, for_attention: dict[str, Any]) -
     return layer(hidden, **for_attention)
 
 
+def run_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """The last norm: `longstride.models.compiled_blocks` compiles it, too."""
+    return norm(hidden)
+
+
 class SparseTransformerModel(SparseTransformerPreTrainedModel):
     """Token and position embeddings, N residual blocks, a last norm: token ids to hidden states.
 
@@ -92,6 +97,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         self.patterns = layer_patterns(config)
         self.looks_ahead = not all(pattern.is_causal for pattern in self.patterns)
         self.run_block: Callable[..., Tensor] = run_block
+        self.run_norm: Callable[..., Tensor] = run_norm
         self.norm = last_norm(config)
         self.post_init()
 
@@ -193,6 +199,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             for_attention["counts"] = shift.counts()
         if self.config.block == "modern":
             for_attention["rotation"] = self.rotary_positions(positions)
+        elif rows is None and memory is None and documents is None:
+            hidden = hidden + self.embed_positions.first(length)
         else:
             hidden = hidden + self.embed_positions(positions)
 
@@ -210,7 +218,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             else:
                 hidden, own = run(layer, hidden, for_attention | {"earlier": memory.earlier(index)})
                 memory.carry(index, own)
-        states.append(self.norm(hidden))
+        states.append((self.run_norm if self.training and rows is None else run_norm)(self.norm, hidden))
         if memory is not None:
             memory.advance(length)
         if cache is not None:

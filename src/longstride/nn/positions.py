@@ -65,5 +65,27 @@ class FactorizedPositions(nn.Module):
         embedded = [F.embedding(digit, table) for digit, table in zip(self.digits(positions), tables, strict=True)]
         return sum(embedded[1:], start=embedded[0])
 
+    def first(self, length: int) -> Tensor:
+        """Embed the positions 0 ... length - 1: float[length, hidden_size], as `forward` does, without look-ups.
+
+        The tables lie along the axes of a grid, so that their gradients are sums over it; those of look-ups are sorted.
+
+        Raises:
+            ArgumentError: the axes hold fewer positions.
+        """
+        fastest = math.prod(self.axes[1:])
+        if length < fastest:  # most of the grid would be for nothing
+            return self(torch.arange(length, device=self.weight.device))
+        slowest = -(-length // fastest)
+        if slowest > self.axes[0]:
+            raise ArgumentError(f"{length} positions: axes={self.axes} hold {math.prod(self.axes)}")
+        grid, tables = (slowest, *self.axes[1:]), list(self.weight.split(self.axes))
+        tables[0] = tables[0][:slowest]
+        along = [
+            table.view(*(size if axis == own else 1 for axis, size in enumerate(grid)), self.hidden_size)
+            for own, table in enumerate(tables)
+        ]
+        return sum(along[1:], start=along[0]).view(-1, self.hidden_size)[:length]
+
     def extra_repr(self) -> str:
         return f"axes={self.axes}, hidden_size={self.hidden_size}"
