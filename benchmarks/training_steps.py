@@ -26,15 +26,15 @@ DENSE, NONE, SDPA = "dense", "none", "dense, SDPA"
 class ValuesAttention(SelfAttention):
     """Attention replaced by its values: what everything but attention costs."""
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:  # noqa: ARG002
-        return self.out_proj(v.transpose(1, 2).flatten(2))
+    def forward(self, hidden: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return self.out_proj(self.project(hidden)[2].transpose(1, 2).flatten(2))
 
 
 class SdpaAttention(SelfAttention):
     """Dense attention by whichever kernel PyTorch takes first."""
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
+    def forward(self, hidden: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        attended = scaled_dot_product_attention(*self.project(hidden), is_causal=True)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 

@@ -8,6 +8,7 @@ from typing import Literal, overload
 
 import torch
 
+from longstride.backends.layout import heads_of
 from longstride.backends.request import Request
 from longstride.dispatch.checks import (
     autocast,
@@ -16,14 +17,17 @@ from longstride.dispatch.checks import (
     check_types,
     no_autocast,
     refuse_tangents,
+    wants_gradients,
     wants_lse_gradient,
 )
 from longstride.dispatch.choice import BACKENDS, both_halves, differentiable, later
 from longstride.dispatch.custom_ops import batched
+from longstride.dispatch.custom_ops import stacked as stacked_attention
 from longstride.dispatch.explanation import Explanation, describe, explain
+from longstride.errors import ArgumentError
 from longstride.patterns import Pattern
 
-__all__ = ["BACKENDS", "Explanation", "attention", "describe", "explain"]
+__all__ = ["BACKENDS", "Explanation", "attention", "attention_stacked", "describe", "explain"]
 
 
 @overload
@@ -92,6 +96,63 @@ def attention(
         q, k, v = autocast(q, k, v)
         with no_autocast(q):
             return attention(q, k, v, pattern, scale=scale, backend=backend, return_lse=return_lse)
+    chosen = _chosen(q, k, v, pattern, scale, backend, return_lse)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if chosen in BACKENDS and differentiable(chosen):
+        out, lse = BACKENDS[chosen].forward(q, k, v, pattern, scale)
+    else:
+        out, lse = batched(q, k, v, pattern, scale, chosen, return_lse)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def attention_stacked(
+    stacked: torch.Tensor, pattern: Pattern, *, heads: int, qk_width: int, backend: str | None = None
+) -> torch.Tensor:
+    """`attention` of q, k and v that lie side by side, as one projection writes them; their gradients do, too.
+
+    Args:
+        stacked: [batch, length, 2 * qk_width + v_width]: queries, keys and values, of all heads each.
+        heads, qk_width: multiples of heads are qk_width and v_width.
+        pattern, backend: as for `attention`.
+
+    Returns:
+        [batch, heads, length, v_width // heads], in memory as [batch, length, v_width].
+
+    Raises:
+        ArgumentError, UnsupportedError: as `attention`.
+    """
+    if autocast_on(stacked):
+        (stacked,) = autocast(stacked)
+        with no_autocast(stacked):
+            return attention_stacked(stacked, pattern, heads=heads, qk_width=qk_width, backend=backend)
+    v_width = stacked.shape[-1] - 2 * qk_width
+    if stacked.dim() != 3 or v_width < 0 or qk_width % heads or v_width % heads:
+        raise ArgumentError(
+            f"stacked {tuple(stacked.shape)} with heads={heads} and qk_width={qk_width}: it must be [batch, length, "
+            f"2 * qk_width + v_width], both widths multiples of {heads}"
+        )
+    q, k, v = heads_of(stacked, heads, qk_width)
+    if not wants_gradients(q, k, v):
+        return attention(q, k, v, pattern, backend=backend)
+    chosen = _chosen(q, k, v, pattern, None, backend, False)
+    if chosen in BACKENDS and differentiable(chosen):
+        return attention(q, k, v, pattern, backend=chosen)
+    return stacked_attention(stacked, heads, qk_width, pattern, 1.0 / math.sqrt(q.shape[-1]), chosen)
+
+
+def _chosen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    scale: float | None,
+    backend: str | None,
+    return_lse: bool,
+) -> str:
+    """The backends of a call, as `both_halves` or, while it is compiled, `later` says them; all is checked."""
     check_types(q, k, v, pattern, scale)
     shapes, dtypes, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
     through_lse = wants_lse_gradient(return_lse, q, k, v)
@@ -102,17 +163,9 @@ def attention(
         strides = (q.stride(), k.stride(), v.stride())
         fixed = torch.are_deterministic_algorithms_enabled()
         chosen = _settle(pattern, shapes, strides, dtypes, devices, backend, through_lse, fixed)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if chosen != "reference":
         refuse_tangents(chosen if chosen in BACKENDS else "chosen", q, k, v)
-    if chosen in BACKENDS and differentiable(chosen):
-        out, lse = BACKENDS[chosen].forward(q, k, v, pattern, scale)
-    else:
-        out, lse = batched(q, k, v, pattern, scale, chosen, return_lse)
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
+    return chosen
 
 
 @lru_cache(maxsize=1024)

@@ -11,6 +11,7 @@ import longstride as ls
 from longstride.attention import describe
 from longstride.backends import torch as torch_backend
 from longstride.backends import triton, vendor
+from longstride.backends.layout import heads_of
 from longstride.backends.request import Request
 from longstride.dispatch import custom_ops
 from longstride.dispatch.choice import both_halves, choose
@@ -272,6 +273,10 @@ def test_flash_attn_4_writes_where_it_is_told(monkeypatch, pattern, order, batch
         out, lse = vendor.forward(*inputs, pattern, 0.2)
         assert torch.equal(vendor.forward_only(*inputs, pattern, 0.2), out)
         grads = vendor.backward(torch.ones_like(out), None, *inputs, out, lse, pattern, 0.2)
+        into = heads_of(torch.full((batch, 64, 3 * 256), float("nan"), dtype=torch.float64), 4, 256)
+        assert vendor.backward(torch.ones_like(out), None, *inputs, out, lse, pattern, 0.2, into) is into
+        for place, grad in zip(into, grads, strict=True):
+            assert torch.equal(place, grad)
     truth, truth_lse = ls.attention(*inputs, pattern, scale=0.2, backend="reference", return_lse=True)
     wanted = (truth, truth_lse, *torch.autograd.grad(truth.sum(), inputs))
     for found, expected in zip((out, lse, *grads), wanted, strict=True):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import longstride as ls
+from longstride.attention import attention_stacked
+from longstride.backends.layout import heads_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -70,6 +72,27 @@ def test_torch_backend_on_cuda(pattern: ls.Pattern, dtype: torch.dtype) -> None:
             bound = forward if index < 2 else backward
             error = relative_error(found, expected)
             assert error <= bound, (("out", "lse", "dq", "dk", "dv")[index], error, q_len, kv_len, head_dim)
+
+
+@pytest.mark.parametrize("backend", [None, "triton", "torch"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_q_k_and_v_side_by_side(pattern: ls.Pattern, backend: str | None) -> None:
+    """One gradient of all three, written in place over numbers that would be noticed."""
+    for batch, length, qk_width, width in ((2, 203, 128, 256), (1, 256, 256, 256), (1, 130, 36, 40)):
+        torch.manual_seed(length)
+        rows = torch.randn(batch, length, 2 * qk_width + width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(batch, 4, length, width // 4, device="cuda", dtype=torch.bfloat16)
+        poison = torch.full_like(rows, float("nan"))
+        del poison  # the next tensor of that size is likely to get its memory
+        out = attention_stacked(rows, pattern, heads=4, qk_width=qk_width, backend=backend)
+        (found,) = torch.autograd.grad((out * weight).sum(), rows)
+        exact = rows.detach().double().requires_grad_()
+        truth = ls.attention(*heads_of(exact, 4, qk_width), pattern, backend="reference")
+        (expected,) = torch.autograd.grad((truth * weight).sum(), exact)
+        assert found.is_contiguous()
+        assert relative_error(out, truth) < 1e-2
+        for ours, theirs in zip(heads_of(found, 4, qk_width), heads_of(expected, 4, qk_width), strict=True):
+            assert relative_error(ours, theirs) < 3e-2
 
 
 def test_nothing_of_size_t_squared() -> None:

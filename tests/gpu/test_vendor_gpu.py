@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import longstride as ls
+from longstride.attention import attention_stacked
 from longstride.backends import vendor
-from longstride.backends.layout import by_token
+from longstride.backends.layout import by_token, heads_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,6 +113,23 @@ def test_any_layout_that_it_takes() -> None:
     assert_near(misaligned, ls.Strided(8))
     with pytest.raises(ls.UnsupportedError, match="make it contiguous"):
         ls.attention(*tokens_first, ls.Strided(8), backend="vendor")
+
+
+@pytest.mark.usefixtures("kernel")
+def test_gradients_side_by_side() -> None:
+    """Written where they belong, in classes of several sequences by a copy of the kernel's own."""
+    for batch, pattern in ((1, ls.Causal()), (2, ls.Full()), (1, ls.Strided(8)), (2, ls.Causal())):
+        torch.manual_seed(batch)
+        rows = torch.randn(batch, 512, 3 * 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(batch, 4, 512, 64, device="cuda", dtype=torch.bfloat16)
+        out = attention_stacked(rows, pattern, heads=4, qk_width=256, backend="vendor")
+        (found,) = torch.autograd.grad((out * weight).sum(), rows)
+        exact = rows.detach().double().requires_grad_()
+        truth = ls.attention(*heads_of(exact, 4, 256), pattern, backend="reference")
+        (expected,) = torch.autograd.grad((truth * weight).sum(), exact)
+        assert relative_error(out, truth) < 1e-2
+        for ours, theirs in zip(heads_of(found, 4, 256), heads_of(expected, 4, 256), strict=True):
+            assert relative_error(ours, theirs) < 3e-2
 
 
 @QUIET

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import longstride as ls
 from longstride.attention import attention
+from longstride.backends.layout import heads_of
 from longstride.errors import ArgumentError, UnsupportedError
 from longstride.models import SegmentMemory, compiled_blocks, layer_patterns, recompute_in_backward
 from longstride.models.memory import kept_tokens
@@ -118,6 +119,10 @@ class Detached:
             return attention(q, k, v, pattern, **options)
 
         monkeypatch.setattr("longstride.nn.self_attention.attention", attend)
+        monkeypatch.setattr(
+            "longstride.nn.self_attention.attention_stacked",
+            lambda stacked, pattern, *, heads, qk_width, **_: attend(*heads_of(stacked, heads, qk_width), pattern),
+        )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import longstride as ls
+from longstride.attention import attention_stacked
 from longstride.errors import ArgumentError
 from longstride.nn import SelfAttention
 
@@ -65,9 +66,17 @@ def test_the_named_backend_is_asked_for(monkeypatch, backend):
         asked.append(named["backend"])
         return ls.attention(*arguments, **named)
 
+    def stacked_spy(*arguments, **named):
+        asked.append(named["backend"])
+        return attention_stacked(*arguments, **named)
+
     monkeypatch.setattr("longstride.nn.self_attention.attention", spy)
-    SelfAttention(ls.Local(4), hidden_size=8, num_heads=2, backend=backend)(torch.randn(1, 5, 8))
-    assert asked == [backend]
+    monkeypatch.setattr("longstride.nn.self_attention.attention_stacked", stacked_spy)
+    layer = SelfAttention(ls.Local(4), hidden_size=8, num_heads=2, backend=backend)
+    layer(torch.randn(1, 5, 8))
+    with torch.no_grad():
+        layer(torch.randn(1, 5, 8))
+    assert asked == [backend, backend]
 
 
 def test_an_unknown_backend_is_refused():

@@ -9,6 +9,9 @@ import torch
 
 from longstride.patterns import Pattern
 
+#: What belongs to q, k and v: their gradients, or memory for these.
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -110,11 +113,22 @@ class Backend(Protocol):
         ...
 
     def backward(
-        self, grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, pattern: Pattern, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of q, k and v, laid as `layout.empty_as` of each; grad_lse is a tensor or None.
+        self,
+        grad_out: Any,
+        grad_lse: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        lse: Any,
+        pattern: Pattern,
+        scale: float,
+        into: QKV | None = None,
+    ) -> QKV:
+        """Gradients of q, k and v; grad_lse is a tensor or None. Any backend's out and lse will do.
 
-        Any backend's out and lse will do.
+        They are new, and laid as `layout.empty_as` of each; or they are written `into` what is given, whatever its
+        strides.
         """
         ...
 

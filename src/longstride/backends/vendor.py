@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longstride.backends.layout import empty_as, laid_as
-from longstride.backends.request import Request
+from longstride.backends.layout import empty_as, laid_as, placed
+from longstride.backends.request import QKV, Request
 from longstride.patterns import Pattern
 from longstride.patterns.regions import Band
 from longstride.plan import plan
@@ -296,12 +296,13 @@ def backward(
     lse: torch.Tensor,
     pattern: Pattern,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    into: QKV | None = None,
+) -> QKV:
     """Gradients in the orders of q, k and v."""
     assert grad_lse is None, "requests with gradients through the log-sum-exp are refused"
     if scale <= 0:
-        grad_q, grad_k, grad_v = backward(grad_out, None, q * scale, k, v, out, lse, pattern, 1.0)
-        return grad_q * scale, grad_k, grad_v
+        grad_q, grad_k, grad_v = backward(grad_out, None, q * scale, k, v, out, lse, pattern, 1.0, into)
+        return grad_q.mul_(scale), grad_k, grad_v
     classes = _classes_of(q, pattern)
     dilation, causal = classes.dilation, classes.causal
     batch = q.shape[0]
@@ -313,11 +314,12 @@ def backward(
         by_token = (_by_token(x, dilation) for x in (q, k, v, out, grad_out))
         classed_lse = classed(lse[..., None], dilation)[..., 0].contiguous()
         asked = {"softmax_scale": scale, "causal": causal, "window_size_left": _left(classes)}
-        grads = [_room(x, dilation) for x in (q, k, v)]
+        # Classes of several sequences are a view of no other order than one's own.
+        fits_in = into is not None and (dilation == 1 or batch == 1)
+        grads = into if fits_in else [_room(x, dilation) for x in (q, k, v)]
         views = (_by_token(grad, dilation) for grad in grads)
         newest._flash_attn_bwd(*by_token, classed_lse, **asked, **dict(zip(("dq", "dk", "dv"), views, strict=True)))
-        grad_q, grad_k, grad_v = (laid_as(grad, x) for grad, x in zip(grads, (q, k, v), strict=True))
-        return grad_q, grad_k, grad_v
+        return placed(grads, (q, k, v), into)
     likes = (q, k, v)
     q, k, v, out, grad_out = (classed(x, dilation) for x in (q, k, v, out, grad_out))
     lse = classed(lse[..., None], dilation).contiguous()
@@ -334,10 +336,7 @@ def backward(
         flash = torch.ops.aten._scaled_dot_product_flash_attention_backward
         known = (grad_out, q, k, v, out, lse[..., 0], None, None, rows, rows)
         grads = flash(*known, 0.0, causal, seed, offset, scale=scale)
-    grad_q, grad_k, grad_v = (
-        laid_as(whole(grad, batch, dilation), x) for grad, x in zip(grads[:3], likes, strict=True)
-    )
-    return grad_q, grad_k, grad_v
+    return placed([whole(grad, batch, dilation) for grad in grads[:3]], likes, into)
 
 
 def _room(x: torch.Tensor, dilation: int) -> torch.Tensor:

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from longstride.backends.layout import empty_as
-from longstride.backends.request import Request
+from longstride.backends.layout import empty_as, heads_of, placed
+from longstride.backends.request import QKV, Request
 from longstride.dispatch.checks import no_autocast, wants_gradients, watched
 from longstride.dispatch.choice import BACKENDS, backward_of, forward_of, settled
 from longstride.errors import UnsupportedError
@@ -90,10 +90,11 @@ def _run_backward(
     rule: Pattern,
     scale: float,
     told: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    into: QKV | None = None,
+) -> QKV:
     with no_autocast(q):
         chosen = BACKENDS[backward_of(_settled(told, q, k, v, rule))]
-        return chosen.backward(grad_out, grad_lse, q, k, v, out, lse, rule, scale)
+        return chosen.backward(grad_out, grad_lse, q, k, v, out, lse, rule, scale, into)
 
 
 @torch.library.custom_op("longstride::attention", mutates_args=())
@@ -191,6 +192,121 @@ def batched(
     if not wants_lse and (forward_only := getattr(backend, "forward_only", None)) is not None:
         return forward_only(q, k, v, pattern, scale), None
     return backend.forward(q, k, v, pattern, scale)
+
+
+# ---- q, k and v side by side ----------------------------------------------------------------------------------------
+#
+# As one projection writes them. Their gradients lie side by side, too, so that its backward pass reads them as they
+# are; of three tensors autograd would make one by a copy.
+
+#: Bytes that the backends' kernels take memory given to them to begin at a multiple of.
+ALIGNMENT = 16
+
+
+def _run_stacked_backward(
+    grad_out: torch.Tensor,
+    stacked: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    heads: int,
+    qk_width: int,
+    rule: Pattern,
+    scale: float,
+    told: str,
+) -> torch.Tensor:
+    grad = torch.empty_like(stacked, memory_format=torch.contiguous_format)
+    into = heads_of(grad, heads, qk_width)
+    q, k, v = heads_of(stacked, heads, qk_width)
+    aligned = all(x.data_ptr() % ALIGNMENT == 0 for x in into)
+    grads = _run_backward(grad_out, None, q, k, v, out, lse, rule, scale, told, into if aligned else None)
+    placed(grads, (q, k, v), into)
+    return grad
+
+
+@torch.library.custom_op("longstride::attention_stacked", mutates_args=())
+def _attention_stacked(
+    stacked: torch.Tensor, heads: int, qk_width: int, pattern: str, scale: float, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = heads_of(stacked, heads, qk_width)
+    rule = _pattern(pattern)
+    with no_autocast(q):
+        return BACKENDS[forward_of(_settled(backend, q, k, v, rule))].forward(q, k, v, rule, scale)
+
+
+@_attention_stacked.register_fake
+def _(stacked: torch.Tensor, heads: int, qk_width: int, *_settings: Any) -> Any:
+    q, _, v = heads_of(stacked, heads, qk_width)
+    return empty_as(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+@torch.library.custom_op("longstride::attention_stacked_backward", mutates_args=())
+def _attention_stacked_backward(
+    grad_out: torch.Tensor,
+    stacked: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    heads: int,
+    qk_width: int,
+    pattern: str,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    return _run_stacked_backward(grad_out, stacked, out, lse, heads, qk_width, _pattern(pattern), scale, backend)
+
+
+@_attention_stacked_backward.register_fake
+def _(_grad_out: Any, stacked: torch.Tensor, *_others: Any) -> Any:
+    return torch.empty_like(stacked, memory_format=torch.contiguous_format)
+
+
+def _save_stacked(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    stacked, *ctx.settings = inputs
+    ctx.save_for_backward(stacked, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_stacked(ctx: Any, grad_out: torch.Tensor | None, _grad_lse: Any) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * 6
+    heads, qk_width, pattern, scale, told = ctx.settings
+    known = (grad_out, *ctx.saved_tensors, heads, qk_width)
+    if _past_the_operator(pattern, (grad_out,)):
+        grad = _run_stacked_backward(*known, pattern, scale, told)
+    else:
+        grad = _stacked_backward(*known, _text(pattern), scale, told)
+    return grad, None, None, None, None, None
+
+
+_attention_stacked.register_autograd(_differentiate_stacked, setup_context=_save_stacked)
+_attention_stacked_backward.register_autograd(_refuse_second_derivative)
+
+_stacked = torch.ops.longstride.attention_stacked.default
+_stacked_backward = torch.ops.longstride.attention_stacked_backward.default
+
+
+class AttentionStacked(torch.autograd.Function):
+    """The other door, as `Attention` is."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        stacked, heads, qk_width, pattern, scale, told = inputs
+        output = BACKENDS[forward_of(told)].forward(*heads_of(stacked, heads, qk_width), pattern, scale)
+        _save_stacked(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return _differentiate_stacked(ctx, *grads)
+
+
+def stacked(
+    together: torch.Tensor, heads: int, qk_width: int, pattern: Pattern, scale: float, told: str
+) -> torch.Tensor:
+    """out, differentiable, of the backend `told`; autocast is off."""
+    if watched(together):
+        return _stacked(together, heads, qk_width, operator_name(pattern), scale, told)[0]
+    return AttentionStacked.apply(together, heads, qk_width, pattern, scale, told)[0]
 
 
 # ---- packed documents ---------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def recompute_in_backward(model: SparseTransformerPreTrainedModel, what: str) ->
     # Without dropout nothing is drawn, and no random state has to be read from the device.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
     if what == "all_but_attention":
-        kept = [torch.ops.longstride.attention.default, torch.ops.longstride.attention_varlen.default]
+        operators = torch.ops.longstride
+        kept = [each.default for each in (operators.attention, operators.attention_stacked, operators.attention_varlen)]
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(options)

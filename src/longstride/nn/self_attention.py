@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from longstride.attention import BACKENDS, attention
+from longstride.attention import BACKENDS, attention, attention_stacked
 from longstride.attention_cached import attention_cached
 from longstride.attention_varlen import attention_varlen
+from longstride.backends.layout import heads_of
 from longstride.cache import PatternCache
 from longstride.errors import ArgumentError
 from longstride.nn.initialization import ResidualProjection
@@ -100,14 +101,7 @@ class PatternAttention(nn.Module):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values float[batch, num_heads, length, head_dim] of hidden[batch, length, hidden_size]."""
-        batch, length, _ = hidden.shape
-        q, k, v = (
-            projected.view(batch, length, self.num_heads, width // self.num_heads).transpose(
-                1, 2
-            )  # [B, H, T, head_dim]
-            for projected, width in zip(self.qkv_proj(hidden).split(self.widths, dim=-1), self.widths, strict=True)
-        )
-        return q, k, v
+        return heads_of(self.qkv_proj(hidden), self.num_heads, self.widths[0])
 
     def attend(
         self,
@@ -187,4 +181,10 @@ class SelfAttention(PatternAttention):
         self, hidden: Tensor, cache: PatternCache | None = None, **beside: Any
     ) -> Tensor | tuple[Tensor, KeysValues]:
         """Attend within [B, T, d], and to what else is given as `attend` takes it."""
+        if torch.is_grad_enabled() and cache is None and all(value is None for value in beside.values()):
+            # Of three gradients the backward pass would have to make one, by a copy.
+            attended = attention_stacked(
+                self.qkv_proj(hidden), self.pattern, heads=self.num_heads, qk_width=self.widths[0], backend=self.backend
+            )
+            return self.out_proj(attended.transpose(1, 2).flatten(2))
         return self.attend(*self.project(hidden), cache=cache, **beside)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from longstride.backends.layout import empty_as, laid_as
-from longstride.backends.request import DTYPES, Request, accumulator
+from longstride.backends.layout import empty_as, laid_as, placed
+from longstride.backends.request import DTYPES, QKV, Request, accumulator
 from longstride.backends.torch.engine import run_backward, run_forward
 from longstride.backends.torch.fused import kernel
 from longstride.backends.torch.state import Gradients, Inputs
@@ -78,7 +78,8 @@ def backward(
     lse: torch.Tensor,
     pattern: Pattern,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    into: QKV | None = None,
+) -> QKV:
     """Gradients of q, k and v in their shapes and dtypes."""
     batch, heads, q_len, dim = q.shape
     kv_heads, v_dim = k.shape[1], v.shape[3]
@@ -87,7 +88,7 @@ def backward(
     delta = torch.linalg.vecdot(out.to(dtype), grad_out.to(dtype))
     delta = delta if grad_lse is None else delta - grad_lse
     counted = lse.masked_fill(lse == float("-inf"), float("inf"))
-    grad_q = empty_as(q)
+    grad_q = empty_as(q) if into is None else into[0]
     grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (k, v))
     for members, parts in made.groups:
         inputs = _inputs(q, k, v, members, scale)
@@ -99,9 +100,8 @@ def backward(
         run_backward(inputs, parts, grads)
         shape = (batch, len(members))
         if len(made.groups) == 1 and heads == kv_heads:
-            whole = ((grads.q[..., :dim], q), (grads.k[..., :dim], k), (grads.v[..., :v_dim], v))
-            grad_q, grad_k, grad_v = (laid_as(x.unflatten(0, shape).to(q.dtype), like) for x, like in whole)
-            return grad_q, grad_k, grad_v
+            whole = (grads.q[..., :dim], grads.k[..., :dim], grads.v[..., :v_dim])
+            return placed([x.unflatten(0, shape) for x in whole], (q, k, v), into)
         grad_q[:, picked] = grads.q[..., :dim].unflatten(0, shape).to(q.dtype)
         readers = torch.tensor([head * kv_heads // heads for head in members], device=q.device)
         if heads == kv_heads:
@@ -110,7 +110,7 @@ def backward(
         else:
             grad_k.index_add_(1, readers, grads.k[..., :dim].unflatten(0, shape))
             grad_v.index_add_(1, readers, grads.v[..., :v_dim].unflatten(0, shape))
-    return grad_q, laid_as(grad_k.to(k.dtype), k), laid_as(grad_v.to(v.dtype), v)
+    return placed((grad_q, grad_k, grad_v), (q, k, v), into)
 
 
 def forward_varlen(
@@ -150,9 +150,8 @@ def backward_varlen(
     for documents in each_length(cu_seqlens, q.shape[0], max_seqlen):
         into_lse = None if grad_lse is None else documents.take(grad_lse)
         known = (documents.take(x) for x in (q, k, v, out, lse))
-        for whole, grad in zip(
-            grads, backward(documents.take(grad_out), into_lse, *known, pattern, scale), strict=True
-        ):
+        found = backward(documents.take(grad_out), into_lse, *known, pattern=pattern, scale=scale)
+        for whole, grad in zip(grads, found, strict=True):
             documents.put(whole, grad)
     return grads
 

@@ -16,7 +16,7 @@ import torch
 
 from longstride.backends.layout import empty_as
 from longstride.backends.recorded import kept
-from longstride.backends.request import Request
+from longstride.backends.request import QKV, Request
 from longstride.backends.triton.lowering import obstacles
 from longstride.patterns import Pattern
 from longstride.plan import Plan, plan
@@ -109,12 +109,13 @@ def backward(
     lse: torch.Tensor,
     pattern: Pattern,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    into: QKV | None = None,
+) -> QKV:
     """Gradients of q, k and v in their shapes and dtypes."""
     from longstride.backends.triton.launch import run_backward
 
     made = _prepared(q, k, v, pattern)
-    grads = (empty_as(q), empty_as(k), empty_as(v))
+    grads = (empty_as(q), empty_as(k), empty_as(v)) if into is None else into
     with _on(q):
         run_backward(grad_out, grad_lse, q, k, v, out, lse, made, scale, grads, k.shape[2] - q.shape[2], k.shape[2])
     return grads
