@@ -100,6 +100,8 @@ TEXT = Experiment(
     data="wiki",
     recipe={
         **MODERN,
+        # Twice the others': along local windows and two dense heads 1.294 bits after 130 s, and 1.311 at 3e-3.
+        "optimizer.learning_rate": 6e-3,
         "data.context": 12288,
         "model.hidden_size": 512,
         "model.num_hidden_layers": 10,

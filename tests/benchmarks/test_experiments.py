@@ -181,7 +181,7 @@ def test_the_whole_way_at_tiny_sizes(tmp_path: Path, data: Path, monkeypatch: py
     again = json.loads((output / "text.json").read_text())["arms"]
     assert again.pop("fixed") == fixed
     (other,) = again.values()
-    assert (fixed["recipe"]["optimizer.learning_rate"], other["recipe"]["optimizer.learning_rate"]) == (0.003, 0.0005)
+    assert (fixed["recipe"]["optimizer.learning_rate"], other["recipe"]["optimizer.learning_rate"]) == (0.006, 0.0005)
     monkeypatch.setattr(sys, "argv", [*start, "--render"])
     experiments.main()
     page = (docs / "results.md").read_text()

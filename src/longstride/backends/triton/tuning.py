@@ -122,7 +122,9 @@ def cell_shape(kernel: str, family: str, dtype: torch.dtype, dim: int, rows: int
     if family == "interpreter":
         return CellShape(fit // 2, fit // 2, 4) if fit > 32 else CellShape(fit, 0, 4)
     if fit == 128 and dim <= 64:
-        return CellShape(32, 64, 4, 168) if rows <= 96 and kernel == "backward_cell" else CellShape(64, 64, 4, 168)
+        if rows > 96:
+            return CellShape(64, 64, 4, 168)
+        return CellShape(32, 64, 4, 168) if kernel == "backward_cell" else CellShape(32, 64, 4)
     if fit == 128:
         return CellShape(128, 0, 8)
     if kernel == "forward_cell" and dtype != torch.float32 and dim <= 128:
