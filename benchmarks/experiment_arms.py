@@ -33,6 +33,10 @@ SHARED: dict[str, Any] = {
 MODERN: dict[str, Any] = {"model.block": "modern", "optimizer.learning_rate": 3e-3, "optimizer.weight_decay": 0.1}
 
 
+#: What the names of arms end with that get half of an experiment's time.
+HALF = ", half the time"
+
+
 @dataclass(frozen=True)
 class Arm:
     """One training.
@@ -118,10 +122,10 @@ TEXT = Experiment(
         Arm("local and one dense layer", _every(10, 6, "Local(256)", "Causal()")),
         Arm("dense, T 3,072", ("Causal()",), {"data.context": 3072, "schedule.batch_size": 16}),
         # Whether they need half of dense's time.
-        Arm("local and two dense heads, half the time", _every(5, 4, "Local(256)", TWO_DENSE_HEADS), share=0.5),
-        Arm("local and summary, half the time", _every(4, 3, "Local(256)", SUMMARY), share=0.5),
-        Arm("fixed, half the time", ("Fixed(128, 32)",), share=0.5),
-        Arm("strided, half the time", ("Local(128)", "Strided(128)"), share=0.5),
+        Arm("local and two dense heads" + HALF, _every(5, 4, "Local(256)", TWO_DENSE_HEADS), share=0.5),
+        Arm("local and summary" + HALF, _every(4, 3, "Local(256)", SUMMARY), share=0.5),
+        Arm("fixed" + HALF, ("Fixed(128, 32)",), share=0.5),
+        Arm("strided" + HALF, ("Local(128)", "Strided(128)"), share=0.5),
     ),
     seconds=130,
     evaluation_tokens=2_000_000,

