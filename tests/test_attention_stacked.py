@@ -163,10 +163,16 @@ def test_selective_checkpoints_keep_its_results(together, operators):
     assert operators.count("_stacked_backward") <= 1
 
 
-@pytest.mark.parametrize("shape", [(2, 30), (2, 30, 60), (2, 30, 130)])
-def test_what_does_not_fit_is_refused(shape):
-    with pytest.raises(ls.ArgumentError, match=r"with heads=4 and qk_width=32: it must be \[batch, length"):
-        attend(torch.zeros(shape))
+@pytest.mark.parametrize(
+    ("shape", "heads", "qk_width"),
+    [((2, 30), 4, 32), ((2, 30, 60), 4, 32), ((2, 30, 64), 4, 32), ((2, 30, 130), 4, 32), ((2, 30, 96), 0, 32)],
+)
+def test_what_does_not_fit_is_refused(shape, heads, qk_width):
+    words = rf"with heads={heads} and qk_width={qk_width}: it must be \[batch, length"
+    with pytest.raises(ls.ArgumentError, match=words):
+        attend(torch.zeros(shape), heads=heads, qk_width=qk_width)
+    with pytest.raises(ls.ArgumentError, match="stacked is list: it must be a tensor"):
+        attend([0.0])
 
 
 def test_other_checks_are_those_of_attention(together):

@@ -128,12 +128,7 @@ def attention_stacked(
         (stacked,) = autocast(stacked)
         with no_autocast(stacked):
             return attention_stacked(stacked, pattern, heads=heads, qk_width=qk_width, backend=backend)
-    v_width = stacked.shape[-1] - 2 * qk_width
-    if stacked.dim() != 3 or v_width < 0 or qk_width % heads or v_width % heads:
-        raise ArgumentError(
-            f"stacked {tuple(stacked.shape)} with heads={heads} and qk_width={qk_width}: it must be [batch, length, "
-            f"2 * qk_width + v_width], both widths multiples of {heads}"
-        )
+    _check_stacked(stacked, heads, qk_width)
     q, k, v = heads_of(stacked, heads, qk_width)
     if not wants_gradients(q, k, v):
         return attention(q, k, v, pattern, backend=backend)
@@ -141,6 +136,17 @@ def attention_stacked(
     if chosen in BACKENDS and differentiable(chosen):
         return attention(q, k, v, pattern, backend=chosen)
     return stacked_attention(stacked, heads, qk_width, pattern, 1.0 / math.sqrt(q.shape[-1]), chosen)
+
+
+def _check_stacked(stacked: torch.Tensor, heads: int, qk_width: int) -> None:
+    if not isinstance(stacked, torch.Tensor):
+        raise ArgumentError(f"stacked is {type(stacked).__name__}: it must be a tensor")
+    widths = (qk_width, stacked.shape[-1] - 2 * qk_width) if stacked.dim() == 3 else ()
+    if heads < 1 or not widths or min(widths) < 1 or any(width % heads for width in widths):
+        raise ArgumentError(
+            f"stacked {tuple(stacked.shape)} with heads={heads} and qk_width={qk_width}: it must be [batch, length, "
+            "2 * qk_width + v_width], both widths multiples of heads"
+        )
 
 
 def _chosen(

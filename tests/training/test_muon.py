@@ -108,8 +108,15 @@ def test_weight_decay_falls_on_matrices_and_tables_alone(tmp_path):
         torch.testing.assert_close(parameter, kept * was, msg=name)
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def iterations(request, monkeypatch) -> torch.dtype:
+    """The dtype of the iterations: that of CPUs, and that of other devices."""
+    monkeypatch.setattr(muon, "iteration_dtype", lambda _: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(32, 32), (32, 88), (88, 32), (1, 16), (16, 1)])
-def test_maps_keep_their_directions_and_have_their_singular_values_brought_near_one(rows, columns):
+def test_maps_keep_their_directions_and_have_their_singular_values_brought_near_one(iterations, rows, columns):
     generator = torch.Generator().manual_seed(0)
     short = min(rows, columns)
     shapes = (5, rows, short), (5, columns, short)
@@ -117,7 +124,7 @@ def test_maps_keep_their_directions_and_have_their_singular_values_brought_near_
     # However large or small a map is.
     norms = torch.tensor([1e-5, 0.1, 1.0, 10.0, 1e5], dtype=torch.float64)[:, None, None]
     result = orthogonalised((norms * u * torch.logspace(-2, 0, short, dtype=torch.float64) @ v.mT).float())
-    assert result.dtype == torch.bfloat16
+    assert result.dtype == iterations
     between = u.mT @ result.double() @ v
     values = between.diagonal(dim1=1, dim2=2)
     # In exact arithmetic it is 0.68 to 1.20, from 0.002 of the norm on.
@@ -128,7 +135,13 @@ def test_maps_keep_their_directions_and_have_their_singular_values_brought_near_
 
 
 def test_maps_of_zeros_stay_zeros():
-    assert torch.equal(orthogonalised(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8, dtype=torch.bfloat16))
+    assert torch.equal(orthogonalised(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8))
+
+
+def test_iterations_are_in_bfloat16_but_on_cpus():
+    assert muon.iteration_dtype(torch.device("cuda", 1)) == torch.bfloat16
+    assert muon.iteration_dtype(torch.device("mps")) == torch.bfloat16
+    assert muon.iteration_dtype(torch.device("cpu")) == torch.float32
 
 
 class MapTwice:
@@ -153,6 +166,7 @@ class MapTwice:
         self.exact = (1 - rate * decay) * self.exact - rate * 0.2 * math.sqrt(max(x.shape)) * x
 
 
+@pytest.mark.usefixtures("iterations")
 @pytest.mark.parametrize("batch_elements", [muon.BATCH_ELEMENTS, 3 * 32 * 32, 1])
 def test_each_map_steps_as_by_torch_s_muon_and_the_rest_as_by_torch_s_adamw(monkeypatch, batch_elements):
     """Stacked maps one by one; layers with rates and decays of their own; for a step a gradient is missing.
@@ -314,7 +328,7 @@ def test_a_gradient_scaler_scales_back_and_leaves_out_steps_that_overflow(tmp_pa
     wrapped.step()
     assert not wrapped.step_was_skipped
     for (name, parameter), same in zip(plain.named_parameters(), scaled.named_parameters(), strict=True):
-        # Muon's iterations are in bfloat16, where the last bit of a gradient can be seen.
+        # The iterations enlarge the last bit of a gradient.
         torch.testing.assert_close(parameter, same[1], rtol=0.01, atol=1e-4, msg=name)
     give_gradients(scaled, torch.Generator().manual_seed(0))
     scaled.model.layers[0].attention.out_proj.weight.grad[0, 0] = float("inf")

@@ -36,21 +36,26 @@ def block_matrices(model: Any) -> dict[Tensor, tuple[int, ...]]:
     }
 
 
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, which is precise enough; float32 on CPUs, most of which take ten times as long for bfloat16."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def orthogonalised(maps: Tensor) -> Tensor:
-    """About U V^T for each U S V^T of a batch, by Newton-Schulz iterations in bfloat16.
+    """About U V^T for each U S V^T of a batch, by Newton-Schulz iterations in `iteration_dtype`.
 
     Args:
         maps: [n, rows, columns], of any floating dtype.
 
     Returns:
-        bfloat16[n, rows, columns]. Singular values that were at least 0.002 of a map's Frobenius norm are about 0.7 to
+        [n, rows, columns] in that dtype. Singular values that were at least 0.002 of a map's Frobenius norm are about 0.7 to
         1.2, smaller ones are less. A map of zeros stays one.
 
     Source: Jordan 2024 (Muon).
     """
     a, b, c = COEFFICIENTS
     tall = maps.size(1) > maps.size(2)
-    x = maps.bfloat16()
+    x = maps.to(iteration_dtype(maps.device))
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
     # The Gram matrices are of the shorter side. The transposition is a view: the products read either order.
     x = x.mT if tall else x
@@ -65,10 +70,10 @@ class MuonWithAdamW(Optimizer):
 
     Muon's steps are scaled by 0.2 sqrt(max(rows, columns)), which gives them the size that AdamW's usually have; so a
     learning rate, a weight decay and a schedule mean the same for both. Momentum is 0.95, with Nesterov's look ahead,
-    and orthogonalisation takes 5 Newton-Schulz iterations in bfloat16 on every device. Each map's steps equal those of
-    `torch.optim.Muon` with ``adjust_lr_fn="match_rms_adamw"``, but for bfloat16's rounding. torch takes one map after
-    another, some 25 kernels each; here all maps of one shape go through the same batched products, so that the number
-    of kernels hardly grows with the depth.
+    and orthogonalisation takes 5 Newton-Schulz iterations, in bfloat16 or, on CPUs, float32. Each map's steps equal
+    those of `torch.optim.Muon` with ``adjust_lr_fn="match_rms_adamw"``, but for bfloat16's rounding. torch takes one
+    map after another, some 25 kernels each; here all maps of one shape go through the same batched products, so that
+    the number of kernels hardly grows with the depth.
 
     Maps that are stacked in one parameter, such as those to queries, keys and values, are orthogonalised one by one.
     Groups and state are those of whole parameters, Muon's before AdamW's, and are saved and loaded as every
