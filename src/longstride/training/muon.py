@@ -48,8 +48,8 @@ def orthogonalised(maps: Tensor) -> Tensor:
         maps: [n, rows, columns], of any floating dtype.
 
     Returns:
-        [n, rows, columns] in that dtype. Singular values that were at least 0.002 of a map's Frobenius norm are about 0.7 to
-        1.2, smaller ones are less. A map of zeros stays one.
+        [n, rows, columns] in that dtype. Singular values that were at least 0.002 of a map's Frobenius norm are about
+        0.7 to 1.2, smaller ones are less. A map of zeros stays one.
 
     Source: Jordan 2024 (Muon).
     """
