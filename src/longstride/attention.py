@@ -1,4 +1,4 @@
-"""The public op on batches of sequences; and `explain`, which says what it would do."""
+"""The public op on batches of sequences, its form for stacked q, k and v, and `explain`: what it would do."""
 
 from __future__ import annotations
 

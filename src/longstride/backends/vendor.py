@@ -314,7 +314,7 @@ def backward(
         by_token = (_by_token(x, dilation) for x in (q, k, v, out, grad_out))
         classed_lse = classed(lse[..., None], dilation)[..., 0].contiguous()
         asked = {"softmax_scale": scale, "causal": causal, "window_size_left": _left(classes)}
-        # Classes of several sequences are a view of no other order than one's own.
+        # The classes of several sequences are a view only where each head's tokens lie together.
         fits_in = into is not None and (dilation == 1 or batch == 1)
         grads = into if fits_in else [_room(x, dilation) for x in (q, k, v)]
         views = (_by_token(grad, dilation) for grad in grads)

@@ -1,13 +1,14 @@
-"""The operators behind the two public ops: what autograd, fake tensors and the compiler know of them.
+"""The operators behind the public ops: what autograd, fake tensors and the compiler know of them.
 
 PyTorch's operators take no Python values, so a pattern travels by a name that is looked up again inside. The name is a
 plain string, which torch.compile treats as a constant of the graph. So does the backend: what
 `longstride.dispatch.choice.both_halves` or `later` says.
 
 There are two doors to one room. An operator's own machinery takes longer than a GPU takes for a short sequence, and in
-ordinary eager code nobody looks at it. So `batched` and `packed` use the operator where it is `watched`, and else call
-the backend, through a `torch.autograd.Function` where gradients are wanted. Both doors have the same backend, the same
-tensors kept and the same derivative. Microseconds of `attention` besides the backend's own, on one core of a CPU:
+ordinary eager code nobody looks at it. So `batched`, `stacked` and `packed` use the operator where it is `watched`, and
+else call the backend, through a `torch.autograd.Function` where gradients are wanted. Both doors have the same backend,
+the same tensors kept and the same derivative. Microseconds of `attention` besides the backend's own, on one core of a
+CPU:
 
     =====================  ========  =======
     call                   operator  without
